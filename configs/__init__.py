@@ -1,0 +1,1 @@
+"""Ready configurations and the demo's clip, as package data: `importlib.resources.files("streamd.configs")`."""

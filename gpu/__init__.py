@@ -1,0 +1,4 @@
+"""What runs beside the network: letterbox, suppression, mask paste and run lengths.
+
+`ops` is what the rest of the project calls; `reference` says in plain torch what each operation means.
+"""

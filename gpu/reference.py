@@ -1,0 +1,308 @@
+"""What each kernel computes, in plain torch and numpy: the kernels' oracle, and the daemon's path on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from streamd.gpu.rle import Bits
+from streamd.messages import Letterbox, Picture
+
+# Candidates that are compared with each other at once: one square of overlaps that stays in the cache.
+_SWEEP_BLOCK = 256
+
+# Weights of red and blue in luma: ITU-R BT.601-7, section 2.5.1, and ITU-R BT.709-6, section 3.2.
+_LUMA_WEIGHTS = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722)}
+
+
+def preprocess(
+    pictures: Sequence[Picture],
+    letterboxes: Sequence[Letterbox],
+    out: Tensor,
+    *,
+    colour: Literal["bgr", "rgb"],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    pad: float,
+) -> None:
+    """Fill each slot of `out` with one picture: upright, letterboxed, in `colour` order, (value - mean) / std.
+
+    `out` [B, 3, H, W] is float32 or float16, contiguous or channels_last; what it held before does not matter.
+    `mean` and `std` are in the order of `colour`; they and `pad` are in 0..255.
+
+    Every plane is stretched to the letterbox, bilinearly with half-pixel centres and without antialiasing; only
+    then are the planes mixed to R'G'B' and clamped. Chroma is thereby taken as centred between its luma samples.
+    """
+    for slot, picture, letterbox in zip(out, pictures, letterboxes, strict=True):
+        rgb = _resized_rgb(picture, letterbox.height, letterbox.width)
+        for channel, plane, centre, spread in zip(slot, rgb if colour == "rgb" else rgb[::-1], mean, std, strict=True):
+            if (centre, spread) != (0.0, 1.0):
+                plane.sub_(centre).div_(spread)
+            _place(plane, channel, letterbox, (pad - centre) / spread)
+
+
+def _place(plane: Tensor, channel: Tensor, letterbox: Letterbox, padding: float) -> None:
+    """Write `plane` where the letterbox says and `padding` everywhere else, each element of `channel` once."""
+    top, bottom = letterbox.top, letterbox.top + letterbox.height
+    left, right = letterbox.left, letterbox.left + letterbox.width
+    channel[top:bottom, left:right] = plane
+    channel[:top] = padding
+    channel[bottom:] = padding
+    channel[top:bottom, :left] = padding
+    channel[top:bottom, right:] = padding
+
+
+def _resized_rgb(picture: Picture, height: int, width: int) -> tuple[Tensor, ...]:
+    """Turn, stretch and mix a picture into three float32 planes [height, width]: R', G', B' in 0..255."""
+    planes = picture.planes
+    if picture.rotation:
+        planes = tuple(torch.rot90(plane, picture.rotation // 90, (0, 1)) for plane in planes)
+    if picture.layout == "rgb":
+        return _resize(planes[0].permute(2, 0, 1)[None].float(), height, width)[0].unbind()
+    luma = planes[0].float()[None, None]
+    chroma = torch.stack(planes[1:]) if picture.layout == "yuv" else planes[1].permute(2, 0, 1)
+    # The chroma planes are a batch of two pictures: for two channels of one, interpolate is no faster, for three
+    # contiguous ones it is nearly three times slower per plane.
+    chroma = chroma.to(torch.float32, memory_format=torch.contiguous_format)[:, None]
+    stretched = torch.cat((_resize(luma, height, width), _resize(chroma, height, width)))
+    weights, offset = _rgb_from_ycbcr(picture.matrix, picture.full_range, luma.device)
+    return torch.addmm(offset, weights, stretched.view(3, -1)).clamp_(0, 255).view(3, height, width).unbind()
+
+
+def _resize(planes: Tensor, height: int, width: int) -> Tensor:
+    return F.interpolate(planes, (height, width), mode="bilinear", align_corners=False)
+
+
+@cache
+def _rgb_from_ycbcr(matrix: Literal["bt601", "bt709"], full_range: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return `weights` [3, 3] and `offset` [3, 1] of rgb = weights @ ycbcr + offset, all in 0..255.
+
+    From Kr and Kb by ITU-R BT.709-6, sections 3.3 to 3.5: limited range has 219 steps of luma above 16 and
+    224 of chroma; full range (JPEG, ITU-T T.871) has 255 of each. Chroma is zero at 128.
+    """
+    red, blue = _LUMA_WEIGHTS[matrix]
+    green = 1 - red - blue
+    luma_step, chroma_step, black = (1.0, 1.0, 0.0) if full_range else (255 / 219, 255 / 224, 16.0)
+    from_cb, from_cr = 2 * (1 - blue) * chroma_step, 2 * (1 - red) * chroma_step
+    weights = torch.tensor(
+        [
+            [luma_step, 0.0, from_cr],
+            [luma_step, -from_cb * blue / green, -from_cr * red / green],
+            [luma_step, from_cb, 0.0],
+        ],
+        dtype=torch.float64,
+    )
+    offset = -weights @ torch.tensor([[black], [128.0], [128.0]], dtype=torch.float64)
+    return weights.to(device, torch.float32), offset.to(device, torch.float32)
+
+
+def nms(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    iou_threshold: float,
+    score_threshold: float,
+    max_detections: int,
+) -> tuple[Tensor, Tensor]:
+    """Keep, per image, the best candidates of each label that no better one of the same label overlaps.
+
+    `boxes` [B, K, 4] x1 y1 x2 y2, `scores` [B, K], `labels` [B, K] int64. Returns `keep` [B, max_detections] int64,
+    indices into K by falling score (the lower index first where scores are equal), padded with -1, and `count` [B].
+
+    A candidate takes part if its score >= `score_threshold` (rounded to float32) and its box is finite; a score of
+    NaN never does. IoU > `iou_threshold` suppresses. The arithmetic is torchvision's, so the result is that of
+    `batched_nms` per class: a pair of empty boxes has an IoU of NaN and suppresses nothing.
+    """
+    # numpy, because there are few candidates as a rule, and then the time goes into calling some sixty operators.
+    images = zip(_on_host(boxes.float()), _on_host(scores.float()), _on_host(labels), strict=True)
+    keep = np.full((len(boxes), max_detections), -1, dtype=np.int64)
+    count = np.zeros(len(boxes), dtype=np.int64)
+    limit, floor = _round_down_to_float32(iou_threshold), np.float32(score_threshold)
+    for row, (image_boxes, image_scores, image_labels) in enumerate(images):
+        ranking = _rank_candidates(image_boxes, image_scores, floor)
+        kept = ranking[_sweep(image_boxes[ranking], image_labels[ranking], limit, max_detections)]
+        keep[row, : len(kept)] = kept
+        count[row] = len(kept)
+    return torch.from_numpy(keep).to(boxes.device), torch.from_numpy(count).to(boxes.device)
+
+
+def _on_host(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().numpy()  # type: ignore[no-any-return]
+
+
+def _round_down_to_float32(threshold: float) -> np.float32:
+    """Return the largest float32 that is not above `threshold`.
+
+    torchvision compares a float32 IoU with a double. Against this value a float32 comparison decides the same.
+    """
+    rounded = np.float32(threshold)
+    return rounded if float(rounded) <= threshold else np.nextafter(rounded, np.float32("-inf"))
+
+
+def _rank_candidates(boxes: np.ndarray, scores: np.ndarray, floor: np.float32) -> np.ndarray:
+    """Return the indices of the candidates that take part, by falling score, stable."""
+    index = np.flatnonzero(scores >= floor)
+    index = index[np.isfinite(boxes[index]).all(axis=1)]
+    return index[np.argsort(-scores[index], kind="stable")]
+
+
+def _sweep(boxes: np.ndarray, labels: np.ndarray, limit: np.float32, max_detections: int) -> np.ndarray:
+    """Return the positions that survive among candidates that are already ranked, at most `max_detections`.
+
+    Works in blocks, so that memory does not grow with the square of the candidates: the survivors of a block clear
+    the rest of the queue, and the sweep ends once enough have survived.
+    """
+    queue = np.arange(len(boxes))
+    kept = [queue[:0]]
+    missing = max_detections
+    while len(queue) and missing > 0:
+        block, queue = queue[:_SWEEP_BLOCK], queue[_SWEEP_BLOCK:]
+        survivors = block[_survivors(_suppresses(boxes, labels, block, block, limit), missing)]
+        kept.append(survivors)
+        missing -= len(survivors)
+        if len(queue) and missing > 0:
+            queue = queue[~_suppresses(boxes, labels, survivors, queue, limit).any(axis=0)]
+    return np.concatenate(kept)
+
+
+def _survivors(suppresses: np.ndarray, max_detections: int) -> list[int]:
+    """Sweep a square [N, N] greedily: a row that is still alive ends every column that it suppresses."""
+    ended = np.zeros(len(suppresses), dtype=bool)
+    survivors: list[int] = []
+    for row in range(len(suppresses)):
+        if len(survivors) == max_detections:
+            break
+        if not ended[row]:
+            survivors.append(row)
+            ended |= suppresses[row]
+    return survivors
+
+
+def _suppresses(
+    boxes: np.ndarray, labels: np.ndarray, winners: np.ndarray, others: np.ndarray, limit: np.float32
+) -> np.ndarray:
+    """Say which winner suppresses which other [N, M]: same label, IoU above the limit.
+
+    float32, and the operations in torchvision's order. Sides beyond float32's range give infinities and NaN, which
+    suppress nothing, as there.
+    """
+    x1, y1, x2, y2 = boxes[winners].T[:, :, None]
+    other_x1, other_y1, other_x2, other_y2 = boxes[others].T
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        width = np.maximum(np.minimum(x2, other_x2) - np.maximum(x1, other_x1), 0)
+        height = np.maximum(np.minimum(y2, other_y2) - np.maximum(y1, other_y1), 0)
+        intersection = width * height
+        union = (x2 - x1) * (y2 - y1) + (other_x2 - other_x1) * (other_y2 - other_y1) - intersection
+        overlap = intersection / union > limit
+    return overlap & (labels[winners, None] == labels[others])  # type: ignore[no-any-return]
+
+
+class _Taps(NamedTuple):
+    """Where to read along one axis: two neighbours, and how far the sample lies from the first towards the second."""
+
+    lower: Tensor
+    upper: Tensor
+    fraction: Tensor
+
+    def part(self, start: int, stop: int) -> _Taps:
+        return _Taps(self.lower[start:stop], self.upper[start:stop], self.fraction[start:stop])
+
+
+def _taps(position: Tensor, size: int) -> _Taps:
+    """Clamp positions, in elements (0 is the centre of the first), to an axis of `size` elements."""
+    position = position.clamp(0, size - 1)
+    lower = position.long()
+    return _Taps(lower, (lower + 1).clamp_(max=size - 1), position - lower)
+
+
+def _sample(plane: Tensor, rows: _Taps, columns: _Taps) -> Tensor:
+    """Read `plane` bilinearly at every pair of a row and a column."""
+    lines = torch.lerp(plane.index_select(0, rows.lower), plane.index_select(0, rows.upper), rows.fraction[:, None])
+    return torch.lerp(lines.index_select(1, columns.lower), lines.index_select(1, columns.upper), columns.fraction)
+
+
+def paste_prototypes(
+    prototypes: Tensor,
+    coefficients: Tensor,
+    boxes: Tensor,
+    letterbox: Letterbox,
+    width: int,
+    height: int,
+    input_size: tuple[int, int],
+    threshold: float,
+) -> list[Bits]:
+    """Mix `prototypes` [P, h, w] by `coefficients` [N, P] and cut each mask at its box [N, 4], in source pixels.
+
+    A pixel is set if its centre lies in the box (x1 <= x + 0.5 < x2) and the logit sampled there is above
+    logit(threshold). The sample is bilinear between the prototypes' half-pixel centres, clamped at their border:
+    input = source * scale + (left, top), prototype = input * (w / input width). `input_size` is (height, width).
+    """
+    grid_height, grid_width = prototypes.shape[-2:]
+    logits = torch.tensordot(coefficients.float(), prototypes.float(), dims=1)
+    limit = torch.logit(torch.tensor(threshold, dtype=torch.float64)).item()
+    rows = _prototype_taps(height, letterbox.scale, letterbox.top, grid_height, input_size[0], logits.device)
+    columns = _prototype_taps(width, letterbox.scale, letterbox.left, grid_width, input_size[1], logits.device)
+    first, last = (boxes[:, :2] - 0.5).ceil(), (boxes[:, 2:] - 0.5).ceil()
+    return [
+        Bits(x0, y0, _sample(logit, rows.part(y0, y1), columns.part(x0, x1)) > limit)
+        for logit, (x0, y0, x1, y1) in zip(logits, _regions(boxes, first, last, width, height), strict=True)
+    ]
+
+
+def _prototype_taps(
+    source: int, scale: float, offset: int, grid: int, network_input: int, device: torch.device
+) -> _Taps:
+    centres = torch.arange(source, device=device) + 0.5
+    return _taps((centres * scale + offset) * (grid / network_input) - 0.5, grid)
+
+
+def paste_boxes(masks: Tensor, boxes: Tensor, width: int, height: int, threshold: float) -> list[Bits]:
+    """Stretch mask probabilities [N, S, S] over their boxes [N, 4], in source pixels: set where >= threshold.
+
+    As Detectron2's `paste_masks_in_image` does: pixel centre x + 0.5 reads the mask at (x + 0.5 - x1) / (x2 - x1) * S
+    between half-pixel centres, with zeros around the mask, so that thresholds under 0.5 also set pixels outside the
+    box; the region is the box and one pixel more, as on its CPU path.
+    """
+    size = masks.shape[-1]
+    padded = F.pad(masks.float(), (1, 1, 1, 1))
+    regions = _regions(boxes, boxes[:, :2].floor() - 1, boxes[:, 2:].ceil() + 1, width, height)
+    pasted = []
+    for mask, (x1, y1, x2, y2), (left, top, right, bottom) in zip(padded, boxes.tolist(), regions, strict=True):
+        centres_x = torch.arange(left, right, device=masks.device) + 0.5
+        centres_y = torch.arange(top, bottom, device=masks.device) + 0.5
+        # +0.5: -0.5 from the first half-pixel centre, and +1 for the ring of zeros.
+        columns = _taps((centres_x - x1) / (x2 - x1) * size + 0.5, size + 2)
+        rows = _taps((centres_y - y1) / (y2 - y1) * size + 0.5, size + 2)
+        pasted.append(Bits(left, top, _sample(mask, rows, columns) >= threshold))
+    return pasted
+
+
+def _regions(boxes: Tensor, first: Tensor, last: Tensor, width: int, height: int) -> list[list[int]]:
+    """Clip the pixel ranges [first, last) to the frame; a box without area or with a NaN or infinity gets none."""
+    limit = torch.tensor([width, height], dtype=boxes.dtype, device=boxes.device)
+    corners = torch.cat((first.clamp(min=0).minimum(limit), last.clamp(min=0).minimum(limit)), dim=-1)
+    valid = boxes.isfinite().all(-1) & (boxes[:, 2:] > boxes[:, :2]).all(-1)
+    corners = torch.where(valid[:, None], corners, 0)
+    return corners.int().tolist()
+
+
+def rle(bits: Bits, height: int, width: int) -> np.ndarray:
+    """Return COCO's run lengths [R] uint32 of the whole height x width mask, down the columns, zeros first."""
+    rows, columns = bits.bits.shape
+    # One zero below each column ends its runs; a region as tall as the frame has none, since runs go on in the next.
+    pitch = rows + (rows < height)
+    line = np.zeros(columns * pitch + 2, dtype=bool)
+    line[1:-1].reshape(columns, pitch)[:, :rows] = bits.bits.cpu().numpy().T
+    column, row = np.divmod(np.flatnonzero(line[1:] != line[:-1]), pitch)
+    edges = (bits.x0 + column) * height + bits.y0 + row
+    end = height * width
+    stops = edges if len(edges) and edges[-1] == end else np.append(edges, end)
+    counts = stops.astype(np.uint32)
+    counts[1:] -= counts[:-1].copy()
+    return counts

@@ -1,0 +1,77 @@
+"""Fetch a file whose sha256 is known."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from streamd.errors import ModelError
+
+CHUNK_BYTES = 1 << 18
+TIMEOUT_S = 30.0  # to connect, and for each read
+
+Progress = Callable[[int, int | None], None]  # bytes so far, bytes in all where the server says
+
+
+def fetch(url: str, sha256: str, target: Path, progress: Progress) -> None:
+    """Fetch `url` to `target`; the file appears there complete and with this sha256, or not at all.
+
+    Raises ModelError that names the URL and the reason.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=target.name, suffix=".part", delete=False) as file:
+            temporary = Path(file.name)
+    except OSError as err:
+        raise ModelError(f"cannot write {target}: {err}") from err
+    try:
+        got = _stream(url, temporary, progress)
+        if got != sha256:
+            raise ModelError(f"{url}: its sha256 is {got}, expected {sha256}; the file was not kept")
+        temporary.chmod(0o644)
+        os.replace(temporary, target)
+    except urllib.error.HTTPError as err:
+        raise ModelError(f"{url}: the server answers {err.code} {err.reason}") from err
+    except urllib.error.URLError as err:
+        raise ModelError(f"{url}: {err.reason}") from err
+    except (http.client.HTTPException, OSError) as err:
+        raise ModelError(f"{url}: {err or type(err).__name__}") from err
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _stream(url: str, path: Path, progress: Progress) -> str:
+    """Stream `url` into `path` and return its sha256."""
+    digest = hashlib.sha256()
+    num_bytes = 0
+    with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response, path.open("wb") as file:
+        length = response.headers.get("Content-Length")
+        total = int(length) if length else None
+        while chunk := response.read(CHUNK_BYTES):
+            file.write(chunk)
+            digest.update(chunk)
+            num_bytes += len(chunk)
+            progress(num_bytes, total)
+    if total is not None and num_bytes < total:
+        raise ModelError(f"{url}: cut off after {num_bytes} of {total} bytes")
+    return digest.hexdigest()
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Progress]:
+    """Draw a bar on stderr, so that stdout stays for data."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

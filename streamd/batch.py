@@ -1,0 +1,157 @@
+"""Which frames go together, and when; then their place in one tensor.
+
+The first hand-over point between threads: stream threads `offer`, inference workers `take`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from streamd.messages import Batch, Frame
+
+if TYPE_CHECKING:
+    import torch
+
+    from streamd.models.spec import ModelSpec
+
+_FAST_QUEUE_FRAMES = 8  # of a file that is read as fast as the model can: enough for one batch ahead
+
+
+@dataclass(slots=True)
+class _Mailbox:
+    """What waits of one stream: the newest frame of a camera, or a short queue of a file."""
+
+    lossless: bool
+    frames: deque[Frame] = field(default_factory=deque)
+    num_dropped: int = 0
+
+
+class Batcher:
+    """Gather frames of many streams for one model.
+
+    Cameras: the newest frame wins, and what it replaces is counted. Files with `pace: fast`: `offer` blocks
+    instead, and nothing is lost. Under overload the stream that was served longest ago goes first, so that none
+    starves. Safe to use from any thread.
+    """
+
+    def __init__(
+        self,
+        on_take: Callable[[Sequence[Frame]], None] = lambda frames: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`on_take` sees each batch's frames before any other thread can take the next."""
+        self._on_take = on_take
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._mailboxes: OrderedDict[str, _Mailbox] = OrderedDict()  # served longest ago first
+        self._closed = False
+
+    def add(self, stream: str, *, lossless: bool = False) -> None:
+        """Make room for a stream, before its first frame."""
+        with self._changed:
+            self._mailboxes[stream] = _Mailbox(lossless)
+
+    def remove(self, stream: str) -> None:
+        """Forget a stream and what waits of it."""
+        with self._changed:
+            self._mailboxes.pop(stream, None)
+            self._changed.notify_all()
+
+    def num_dropped(self, stream: str) -> int:
+        """Count the frames of a stream that a newer one replaced."""
+        with self._changed:
+            mailbox = self._mailboxes.get(stream)
+            return mailbox.num_dropped if mailbox else 0
+
+    def offer(self, frame: Frame) -> bool:
+        """Hand over a decoded frame; False when the batcher is closed or the stream was removed."""
+        with self._changed:
+            mailbox = self._mailboxes.get(frame.stream)
+            if mailbox is not None and mailbox.lossless:
+                self._changed.wait_for(lambda: self._closed or len(mailbox.frames) < _FAST_QUEUE_FRAMES)
+            if self._closed or self._mailboxes.get(frame.stream) is not mailbox or mailbox is None:
+                return False
+            if not mailbox.lossless and mailbox.frames:
+                mailbox.frames.clear()
+                mailbox.num_dropped += 1
+            mailbox.frames.append(frame)
+            self._changed.notify_all() if mailbox.lossless else self._changed.notify()
+            return True
+
+    def take(self, max_batch: int, max_wait_s: float = 0.0) -> list[Frame]:
+        """Wait for frames, then at most `max_wait_s` longer for a full batch. Empty: closed, and nothing is left."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._num_ready(1) > 0)
+            if max_wait_s > 0:
+                deadline = self._clock() + max_wait_s
+                while self._num_ready(max_batch) < max_batch and not self._closed:
+                    left_s = deadline - self._clock()
+                    if left_s <= 0:
+                        break
+                    self._changed.wait(left_s)
+            frames = self._pick(max_batch)
+            if frames:
+                self._on_take(frames)
+                self._changed.notify_all()  # a file's thread may wait for room
+            return frames
+
+    def close(self) -> None:
+        """Take no more frames; what waits is still handed out."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _num_ready(self, enough: int) -> int:
+        count = 0
+        for mailbox in self._mailboxes.values():
+            count += len(mailbox.frames)
+            if count >= enough:
+                break
+        return count
+
+    def _pick(self, max_batch: int) -> list[Frame]:
+        """Take one frame of each stream in turn, the longest unserved first, until the batch is full."""
+        picked: list[Frame] = []
+        waiting = [name for name, mailbox in self._mailboxes.items() if mailbox.frames]
+        while waiting and len(picked) < max_batch:
+            for name in waiting[: max_batch - len(picked)]:
+                picked.append(self._mailboxes[name].frames.popleft())
+                self._mailboxes.move_to_end(name)
+            waiting = [name for name in waiting if self._mailboxes[name].frames]
+        return picked
+
+
+class Assembler:
+    """Letterbox and normalise frames into one tensor; owned by one worker, which reuses its memory."""
+
+    def __init__(self, spec: ModelSpec, max_batch: int, device: torch.device, dtype: torch.dtype) -> None:
+        import torch
+
+        height, width = spec.input_size
+        self._spec = spec
+        self._images = torch.empty(
+            (max_batch, 3, height, width), dtype=dtype, device=device, memory_format=torch.channels_last
+        )
+
+    def assemble(self, frames: Sequence[Frame]) -> Batch:
+        """Fill the slots of the batch; its images stay valid until the next call."""
+        from streamd.gpu.reference import preprocess
+
+        spec = self._spec
+        images = self._images[: len(frames)]
+        letterboxes = tuple(spec.letterbox(frame.width, frame.height) for frame in frames)
+        preprocess(
+            [frame.picture for frame in frames],
+            letterboxes,
+            images,
+            colour=spec.colour,
+            mean=spec.mean,
+            std=spec.std,
+            pad=spec.resize.pad,
+        )
+        return Batch(tuple(frames), images, letterboxes)

@@ -1,0 +1,143 @@
+"""The configuration: one frozen tree, loaded once by `config_file.load`.
+
+Each field's description is what `streamd config schema` gives to editors.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+
+Auto = Literal["auto"]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+SCHEMES = ("rtsp", "rtsps", "http", "https", "file", "v4l2")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, hide_input_in_errors=True)
+
+
+class ModelConfig(_Section):
+    """One model and how it is run."""
+
+    path: str = Field(description="An artifact (.pt) made by `streamd export`, or the name of a known model.")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
+    labels: list[str] | None = Field(None, description="Publish only these labels; all by default.")
+    score_threshold: float | None = Field(None, ge=0, le=1, description="Least score; the model's own by default.")
+    iou_threshold: float | None = Field(None, ge=0, le=1, description="NMS suppresses above it; the model's own.")
+    max_detections: int | None = Field(None, ge=1, le=1000, description="Most objects of a frame; the model's own.")
+    max_batch: Auto | Annotated[int, Field(ge=1, le=256)] = Field("auto", description="Most frames of one batch.")
+    max_wait_ms: float = Field(
+        0, ge=0, le=1000, description="How long an idle worker waits for a fuller batch. On a CPU 0 is best."
+    )
+    workers: Auto | Annotated[int, Field(ge=1, le=64)] = Field("auto", description="Inference threads on a CPU.")
+    threads: Auto | Annotated[int, Field(ge=1, le=256)] = Field("auto", description="CPU threads of each worker.")
+
+
+class StreamDefaults(_Section):
+    """What every stream may say, and `defaults:` may say for all of them."""
+
+    model: str | None = Field(None, description="A name under `models:`; not needed where there is only one.")
+    fps: float | None = Field(None, gt=0, le=1000, description="Process at most so many frames a second.")
+    transport: Literal["tcp", "udp"] = Field("tcp", description="How RTP travels.")
+    pace: Literal["realtime", "fast"] = Field(
+        "realtime", description="Files only: as a camera would, or as fast as the model can with nothing dropped."
+    )
+    loop: bool = Field(False, description="Files only: start again at the end.")
+    decoder: Literal["auto", "dali", "nvdec", "software"] = Field("auto", description="auto says why in the status.")
+    corrupt_frames: Literal["drop", "publish"] = Field("drop", description="What happens to damaged frames.")
+    max_latency_ms: float = Field(
+        200, gt=0, le=60_000, description="What the stream's user accepts from arrival to result; sizes the batches."
+    )
+    open_timeout_s: float = Field(5, gt=0, le=300, description="For connecting and for the first packets.")
+    read_timeout_s: float = Field(5, gt=0, le=300, description="For one read from the connection.")
+    stall_timeout_s: float = Field(5, gt=0, le=300, description="Without a frame for so long, the stream reconnects.")
+
+
+class StreamConfig(StreamDefaults):
+    """One camera, file or device."""
+
+    url: SecretStr = Field(
+        description="rtsp://, rtsps://, http(s)://, a file's path, or v4l2:///dev/video0. ${ENV} and ${file:PATH} work."
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _known_scheme(cls, url: SecretStr) -> SecretStr:
+        text = url.get_secret_value()
+        scheme = urlsplit(text).scheme if "://" in text else "file"
+        if scheme not in SCHEMES:
+            raise ValueError(f"unknown scheme '{scheme}://'; known are {', '.join(SCHEMES)}, or a file's path")
+        if not text.strip():
+            raise ValueError("is empty")
+        return url
+
+    @property
+    def is_file(self) -> bool:
+        text = self.url.get_secret_value()
+        return "://" not in text or text.startswith("file://")
+
+
+class ZeroMqConfig(_Section):
+    bind: str = Field(
+        "tcp://127.0.0.1:5555", pattern=r"^(tcp|ipc)://.+", description="Where subscribers connect to."
+    )
+    high_water_mark: int = Field(1000, ge=1, description="Messages kept for a slow subscriber before it loses some.")
+
+
+class RedisConfig(_Section):
+    url: SecretStr = Field(description="redis://, rediss:// or unix://; ${ENV} and ${file:PATH} work.")
+    pubsub: bool = Field(True, description="PUBLISH to streamd:<stream>:<kind>.")
+    streams: bool = Field(True, description="XADD to streamd:<stream>.")
+    max_len: int = Field(1000, ge=1, description="Entries kept of each Redis stream, about.")
+
+    @field_validator("url")
+    @classmethod
+    def _known_scheme(cls, url: SecretStr) -> SecretStr:
+        if urlsplit(url.get_secret_value()).scheme not in ("redis", "rediss", "unix"):
+            raise ValueError("must begin with redis://, rediss:// or unix://")
+        return url
+
+
+class PublishConfig(_Section):
+    """Where results go."""
+
+    format: Literal["json", "msgpack"] = Field("json", description="How messages are encoded.")
+    queue_size: int = Field(1000, ge=1, description="Messages kept for a publisher that is down or slow.")
+    zeromq: ZeroMqConfig | None = Field(default_factory=ZeroMqConfig, description="null switches it off.")
+    redis: RedisConfig | None = None
+
+
+class MetricsConfig(_Section):
+    """What the daemon says of itself."""
+
+    log_interval_s: float = Field(60, gt=0, description="Seconds between the summary lines in the log.")
+
+
+class Config(_Section):
+    """The whole file."""
+
+    defaults: StreamDefaults = Field(default_factory=StreamDefaults, description="For every stream.")
+    models: dict[Name, ModelConfig] = Field(min_length=1, description="The models, by name.")
+    streams: dict[Name, StreamConfig] = Field(min_length=1, description="The cameras, by name.")
+    publish: PublishConfig = Field(default_factory=PublishConfig)
+    metrics: MetricsConfig = Field(default_factory=MetricsConfig)
+
+    def model_of(self, stream: str) -> str:
+        """Name the model of a stream; `config_file.load` has checked that it exists."""
+        named = self.streams[stream].model
+        return named if named is not None else next(iter(self.models))
+
+
+def with_defaults(tree: Any) -> Any:
+    """Copy the keys of `defaults:` into each stream that does not say otherwise, before validation."""
+    if not isinstance(tree, dict):
+        return tree
+    defaults, streams = tree.get("defaults"), tree.get("streams")
+    if not isinstance(defaults, dict) or not isinstance(streams, dict):
+        return tree
+    known = {key: value for key, value in defaults.items() if key in StreamDefaults.model_fields}
+    merged = {name: {**known, **stream} if isinstance(stream, dict) else stream for name, stream in streams.items()}
+    return {**tree, "streams": merged}

@@ -1,0 +1,173 @@
+"""The data that the stages hand to each other: frozen, with shape, unit and device at each field.
+
+    source -> Packet -> decode -> Frame -> batch -> Batch -> infer -> RawOutput -> postprocess -> Detections -> Result -> publish
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import av
+    import numpy as np
+    from torch import Tensor
+
+Clock = Literal["sender", "arrival"]
+
+
+class StreamState(StrEnum):
+    """Where a stream is in its life; published on the status topic at each change."""
+
+    CONNECTING = "connecting"  # opening the URL
+    WAITING_KEYFRAME = "waiting_keyframe"  # connected; nothing that can be decoded yet
+    RUNNING = "running"  # frames arrive
+    STALLED = "stalled"  # connected, but no frame for `stall_timeout_s`
+    UNREACHABLE = "unreachable"  # refused, timed out, or the name does not resolve
+    UNAUTHORIZED = "unauthorized"  # the camera refuses the password
+    NOT_FOUND = "not_found"  # the camera or the disk has no such path
+    FAILED = "failed"  # anything else, with its reason
+    ENDED = "ended"  # a file came to its end, or the daemon stops
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Picture:
+    """The pixels of one frame as the decoder left them: nothing converted, nothing scaled, nothing copied.
+
+    `planes` are uint8 tensors on the decoder's device; rows may be pitched, so strides count.
+    - yuv: three planes [H, W], [h, w], [h, w]; any chroma subsampling
+    - nv12: two planes [H, W] and [h, w, 2], chroma interleaved U V
+    - rgb: one plane [H, W, 3]
+    """
+
+    planes: tuple[Tensor, ...]
+    layout: Literal["yuv", "nv12", "rgb"]
+    matrix: Literal["bt601", "bt709"]  # how Y'CbCr maps to R'G'B'; unused for rgb
+    full_range: bool  # luma 0..255 instead of 16..235; unused for rgb
+    rotation: Literal[0, 90, 180, 270]  # degrees counter-clockwise that the stored picture must turn to be upright
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """When a packet's picture was taken."""
+
+    epoch: int  # counts the stream's connections and time jumps from 0; pts is comparable within one epoch
+    arrived_ns: int  # monotonic clock, ns: when the packet came
+    captured_at: float  # Unix time in seconds, by `clock`
+    clock: Clock  # "sender": from the camera's RTCP sender report; "arrival": when the packet came
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packet:
+    """One access unit of a stream, still compressed."""
+
+    data: av.Packet
+    stamp: Stamp
+    keyframe: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frame:
+    """One decoded picture of one stream, and when it was taken."""
+
+    stream: str
+    seq: int  # counts the decoded frames of a stream from 0, over reconnects
+    pts_s: float  # presentation time in the stream's own clock, seconds
+    stamp: Stamp
+    decode_ms: float  # time spent in the decoder for this frame
+    picture: Picture
+    width: int  # pixels, as displayed (after rotation)
+    height: int
+    keyframe: bool
+    corrupt: bool  # the decoder or the transport saw damage
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Letterbox:
+    """How a frame was placed into the network's input: input = source * scale + (left, top)."""
+
+    scale: float  # input pixels per source pixel, the same for x and y
+    left: int  # input pixels of padding
+    top: int
+    width: int  # input pixels that the picture covers, without padding
+    height: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Frames that go through the model together."""
+
+    frames: tuple[Frame, ...]
+    images: Tensor  # [B, 3, H, W], float32 or float16, normalised, on the model's device
+    letterboxes: tuple[Letterbox, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RawOutput:
+    """What a model says about a batch; the shapes are fixed by B, and nothing is on the host yet."""
+
+    boxes: Tensor  # [B, K, 4] x1 y1 x2 y2 in input pixels
+    scores: Tensor  # [B, K, C] in 0..1
+    prototypes: Tensor | None = None  # [B, P, h, w] mask basis over the whole input
+    coefficients: Tensor | None = None  # [B, K, P]; mask logits = coefficients @ prototypes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rle:
+    """A binary mask as COCO run lengths, as pycocotools reads them."""
+
+    height: int  # source pixels
+    width: int
+    counts: bytes  # COCO's compressed ASCII
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Detections:
+    """The objects of one frame, on the host, by falling score. All fields share the length N."""
+
+    boxes: np.ndarray  # [N, 4] float32 x1 y1 x2 y2 in source pixels, clipped to the frame
+    scores: np.ndarray  # [N] float32 in 0..1
+    labels: np.ndarray  # [N] int64, index into ModelSpec.labels
+    masks: tuple[Rle, ...] | None = None  # N masks at source size
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StageTimes:
+    """Where a frame spent its time, in milliseconds."""
+
+    decode: float
+    wait: float  # in the mailbox, until a batch took it
+    infer: float  # letterbox and model, of the batch
+    post: float  # NMS, masks, and the copy to the host
+    total: float  # arrival of the packet to the end of post-processing
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Result:
+    """What leaves the pipeline for one frame."""
+
+    frame: Frame
+    detections: Detections
+    times: StageTimes
+    dropped: int  # frames of this stream that were decoded but not processed since the daemon started
+    model: str  # the model's name in the configuration
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A stream entered a state."""
+
+    stream: str
+    state: StreamState
+    reason: str  # one line for the operator; empty when all is well
+    decoder: str  # the chosen decoder and why, for example "software: no GPU"; empty before it is chosen
+    at: float  # Unix time, seconds
+    retry_in_s: float | None  # seconds until the next try, where one is planned
+    reconnects: int  # connections after the first, since the daemon started
+    frames: int  # decoded since the daemon started
+    dropped: int  # decoded but not processed
+    corrupt: int  # dropped because the decoder saw damage

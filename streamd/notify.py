@@ -1,0 +1,26 @@
+"""Tell systemd how the service is: sd_notify(3) on a datagram socket."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+
+class Notifier:
+    """Send state lines to the service manager; silent where there is none."""
+
+    def __init__(self, address: str | None = None) -> None:
+        """`address` is that of $NOTIFY_SOCKET by default; an abstract one begins with '@'."""
+        self._address = os.environ.get("NOTIFY_SOCKET", "") if address is None else address
+
+    def send(self, *lines: str) -> None:
+        """Send for example "READY=1" and "STATUS=..." as one message; a manager that is gone is not an error."""
+        if not self._address:
+            return
+        address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            try:
+                sock.connect(address)
+                sock.sendall("\n".join(lines).encode())
+            except OSError:
+                pass

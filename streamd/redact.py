@@ -1,0 +1,59 @@
+"""Keep passwords out of logs, errors and statuses: the one place through which such text passes."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from urllib.parse import unquote
+
+MASK = "***"
+MIN_SECRET_LENGTH = 4  # a shorter value would blank out half of every line, and show itself by that
+
+# Passwords are not always percent-encoded as they should be, so everything up to the last @ of the word is hidden:
+# rather too much than a piece of the password.
+_URL_PASSWORD = re.compile(r"(?P<before>[a-z][a-z0-9+.-]*://[^\s:/@]*:)\S*@", re.IGNORECASE)
+_QUERY_PASSWORD = re.compile(
+    r"(?P<before>[?&](?:password|passwd|passphrase|pass|pwd|psw|token|secret|api_?key|auth)=)[^&\s\"'<>]+",
+    re.IGNORECASE,
+)
+_URL = re.compile(r"^[a-z][a-z0-9+.-]*://(?P<user>[^:/@]*):(?P<password>.*)@", re.IGNORECASE | re.DOTALL)
+
+_secrets: set[str] = set()
+_secrets_lock = threading.Lock()
+_secrets_pattern: re.Pattern[str] | None = None
+
+
+def register_secret(value: str) -> None:
+    """Hide `value` in all text from now on, for the life of the process. Values under four characters are ignored."""
+    global _secrets_pattern
+    if len(value) < MIN_SECRET_LENGTH:
+        return
+    with _secrets_lock:
+        _secrets.add(value)
+        longest_first = sorted(_secrets, key=len, reverse=True)  # a secret may be part of another
+        _secrets_pattern = re.compile("|".join(re.escape(secret) for secret in longest_first))
+
+
+def register_url(url: str) -> None:
+    """Register the password of a URL, as written and percent-decoded: libraries quote either in their errors."""
+    found = _URL.match(url)
+    if found:
+        register_secret(found["password"])
+        register_secret(unquote(found["password"]))
+
+
+def redact(text: str) -> str:
+    """Replace by *** the registered secrets and the password of every URL in `text`."""
+    pattern = _secrets_pattern
+    if pattern is not None:
+        text = pattern.sub(MASK, text)
+    text = _URL_PASSWORD.sub(rf"\g<before>{MASK}@", text)
+    return _QUERY_PASSWORD.sub(rf"\g<before>{MASK}", text)
+
+
+class RedactingFormatter(logging.Formatter):
+    """Format as logging does, then redact: message, arguments and traceback alike."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))

@@ -1,0 +1,61 @@
+"""When a picture was taken, and which presentation times may be compared."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from streamd.messages import Stamp
+
+if TYPE_CHECKING:
+    import av
+
+_JUMP_BACK_S = 1.0
+_JUMP_AHEAD_S = 10.0
+_EARLIEST_SENDER_TIME = 946_684_800.0  # 2000-01-01: a camera whose clock was never set says 1970
+
+
+@dataclass(slots=True)
+class Timeline:
+    """Stamp the packets of one stream over all of its connections.
+
+    An epoch ends where presentation times stop being comparable: at a reconnect, or when the camera's clock
+    jumps (back by more than a second, or ahead by ten seconds more than really passed).
+    """
+
+    epoch: int = -1
+    _last_pts_s: float | None = None
+    _last_arrived_ns: int = 0
+
+    def connect(self) -> None:
+        """Begin a new epoch."""
+        self.epoch += 1
+        self._last_pts_s = None
+
+    def stamp(self, pts_s: float | None, arrived_ns: int, arrived_at: float, sender_at: float | None) -> Stamp:
+        """Say when the packet's picture was taken; `arrived_at` and `sender_at` are Unix seconds."""
+        if pts_s is not None:
+            if self._last_pts_s is not None and self._jumped(pts_s, arrived_ns):
+                self.connect()
+            self._last_pts_s, self._last_arrived_ns = pts_s, arrived_ns
+        if sender_at is not None and sender_at >= _EARLIEST_SENDER_TIME:
+            return Stamp(self.epoch, arrived_ns, sender_at, "sender")
+        return Stamp(self.epoch, arrived_ns, arrived_at, "arrival")
+
+    def _jumped(self, pts_s: float, arrived_ns: int) -> bool:
+        assert self._last_pts_s is not None
+        step_s = pts_s - self._last_pts_s
+        passed_s = (arrived_ns - self._last_arrived_ns) / 1e9
+        return step_s < -_JUMP_BACK_S or step_s > passed_s + _JUMP_AHEAD_S
+
+
+def sender_time(packet: av.Packet) -> float | None:
+    """Read the capture time that FFmpeg derived from the camera's RTCP sender reports, Unix seconds.
+
+    The side data is libavutil's AVProducerReferenceTime: int64 wall clock in microseconds, int flags.
+    """
+    if not packet.has_sidedata("prft"):
+        return None
+    (wallclock_us,) = struct.unpack_from("<q", bytes(packet.get_sidedata("prft")))
+    return float(wallclock_us / 1e6)

@@ -1,0 +1,202 @@
+"""Keep one stream running: connect, decode, hand over, and after a failure back off and try again."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from streamd.backoff import Backoff
+from streamd.errors import SourceError
+from streamd.messages import Frame, Status, StreamState
+
+logger = logging.getLogger(__name__)
+
+_HEALTHY_AFTER_S = 30.0  # a connection that lasted so long makes the next failure the first again
+
+
+class Connection(Protocol):
+    """An open source with its decoder."""
+
+    decoder: str  # which, and why
+
+    def frames(self) -> Iterator[Frame | None]:
+        """Yield each decoded frame, and None for a packet that completed none. Raises SourceError."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How a supervisor treats its stream's frames."""
+
+    fps: float | None = None  # most frames a second that are handed over
+    realtime: bool = False  # a file: hand over as its presentation times say
+    loop: bool = False  # a file: start again at the end
+    drop_corrupt: bool = True
+    stall_timeout_s: float = 5.0
+
+
+class Supervisor:
+    """Run one stream in a thread of its own; nothing that happens to it reaches another stream."""
+
+    def __init__(
+        self,
+        stream: str,
+        policy: Policy,
+        connect: Callable[[int], Connection],
+        hand_over: Callable[[Frame], bool],
+        on_status: Callable[[Status], None],
+        backoff: Backoff | None = None,
+    ) -> None:
+        """`connect` takes the first frame's seq; `hand_over` returns False when nobody wants frames any more."""
+        self.stream = stream
+        self._policy = policy
+        self._connect = connect
+        self._hand_over = hand_over
+        self._on_status = on_status
+        self._backoff = backoff or Backoff()
+        self._stop = threading.Event()
+        self._next_seq = 0
+        self._thinning = _Thinning(policy.fps)
+        self._num_connections = 0
+        self._num_skipped_late = 0
+        self._num_corrupt = 0
+        self._status = Status(stream, StreamState.CONNECTING, "", "", time.time(), None, 0, 0, 0, 0)
+
+    @property
+    def status(self) -> Status:
+        """The state as last published, with present counts. `dropped` holds what this stage dropped itself."""
+        return self._described(self._status.state, self._status.reason, self._status.retry_in_s, self._status.at)
+
+    def stop(self) -> None:
+        """Ask the thread to end; it does within the read time-out at the latest."""
+        self._stop.set()
+
+    def run(self) -> None:
+        """Be the stream's thread: return when stopped, or at the end of a file."""
+        while not self._stop.is_set():
+            started = time.monotonic()
+            try:
+                self._run_connection()
+                if not self._policy.loop:
+                    break
+            except SourceError as err:
+                if time.monotonic() - started >= _HEALTHY_AFTER_S:
+                    self._backoff.reset()
+                self._wait_to_retry(err)
+        self._enter(StreamState.ENDED, "stopped" if self._stop.is_set() else "the file came to its end")
+
+    def _run_connection(self) -> None:
+        """Connect and read until the end of a file. Raises SourceError."""
+        self._enter(StreamState.CONNECTING)
+        connection = self._connect(self._next_seq)
+        try:
+            self._num_connections += 1
+            self._enter(StreamState.WAITING_KEYFRAME, decoder=connection.decoder)
+            self._read(connection)
+        finally:
+            connection.close()
+
+    def _read(self, connection: Connection) -> None:
+        last_frame_s = time.monotonic()
+        first_of_connection = self._next_seq
+        pace = _Pace() if self._policy.realtime else None
+        last: Frame | None = None
+        for frame in connection.frames():
+            if self._stop.is_set():
+                return
+            now = time.monotonic()
+            if frame is None:
+                if last is not None and now - last_frame_s > self._policy.stall_timeout_s:
+                    raise SourceError(f"packets come, but no frame for {now - last_frame_s:.1f} s", "stalled")
+                continue
+            last_frame_s = now
+            self._next_seq = frame.seq + 1
+            if frame.corrupt and self._policy.drop_corrupt:
+                self._num_corrupt += 1
+                continue
+            if last is not None and frame.stamp.epoch == last.stamp.epoch and frame.pts_s <= last.pts_s:
+                self._num_skipped_late += 1  # a repeated or backward presentation time
+                continue
+            if last is None:
+                self._enter(StreamState.RUNNING)
+            last = frame
+            if pace and pace.wait_for(frame, self._stop):
+                return
+            if self._thinning.admits(frame) and not self._hand_over(frame):
+                return
+        if self._next_seq == first_of_connection and not self._stop.is_set():
+            raise SourceError("holds no frame that can be decoded", permanent=True)
+
+    def _wait_to_retry(self, err: SourceError) -> None:
+        delay_s = self._backoff.ceiling_s if err.permanent else self._backoff.next_delay_s()
+        self._enter(StreamState(err.state), str(err), retry_in_s=delay_s)
+        self._stop.wait(delay_s)
+
+    def _enter(
+        self, state: StreamState, reason: str = "", *, decoder: str | None = None, retry_in_s: float | None = None
+    ) -> None:
+        if decoder is not None:
+            self._status = self._described(state, reason, retry_in_s, time.time(), decoder)
+        else:
+            self._status = self._described(state, reason, retry_in_s, time.time())
+        retry = f"; next try in {retry_in_s:.1f} s" if retry_in_s is not None else ""
+        level = logging.WARNING if retry_in_s is not None else logging.INFO
+        logger.log(level, "%s: %s%s%s", self.stream, state, f": {reason}" if reason else "", retry)
+        self._on_status(self._status)
+
+    def _described(
+        self, state: StreamState, reason: str, retry_in_s: float | None, at: float, decoder: str | None = None
+    ) -> Status:
+        return Status(
+            stream=self.stream,
+            state=state,
+            reason=reason,
+            decoder=self._status.decoder if decoder is None else decoder,
+            at=at,
+            retry_in_s=retry_in_s,
+            reconnects=max(0, self._num_connections - 1),
+            frames=self._next_seq,
+            dropped=self._num_skipped_late + self._num_corrupt,
+            corrupt=self._num_corrupt,
+        )
+
+
+class _Thinning:
+    """Let at most `fps` frames a second pass, evenly, on the stream's own clock."""
+
+    def __init__(self, fps: float | None) -> None:
+        self._interval_s = 1 / fps if fps else 0.0
+        self._due_s = float("-inf")
+        self._epoch = -1
+
+    def admits(self, frame: Frame) -> bool:
+        if not self._interval_s:
+            return True
+        if frame.stamp.epoch != self._epoch:
+            self._epoch, self._due_s = frame.stamp.epoch, frame.pts_s
+        if frame.pts_s < self._due_s - self._interval_s * 0.05:  # cameras' time stamps jitter
+            return False
+        # Keep in step, so that 25 frames/s thin out to an even 10; after a gap do not catch up.
+        self._due_s = max(self._due_s + self._interval_s, frame.pts_s + self._interval_s / 2)
+        return True
+
+
+class _Pace:
+    """Hold a file's frames back until their presentation time, as a camera would."""
+
+    def __init__(self) -> None:
+        self._zero_s: float | None = None  # monotonic time of pts 0
+        self._epoch = -1
+
+    def wait_for(self, frame: Frame, stop: threading.Event) -> bool:
+        """Wait until the frame is due; True when asked to stop."""
+        now = time.monotonic()
+        if self._zero_s is None or frame.stamp.epoch != self._epoch:
+            self._zero_s, self._epoch = now - frame.pts_s, frame.stamp.epoch
+        return stop.wait(max(0.0, self._zero_s + frame.pts_s - now))

@@ -1,0 +1,288 @@
+"""The messages on the wire, for both ends: JSON or msgpack from one set of structs.
+
+    python -m streamd.wire > streamd/wire.schema.json       make the JSON Schema again
+
+Readers skip fields that they do not know, so a field may be added without a new schema number and old clients live on.
+Imports neither torch nor av nor numpy, so that a subscriber starts fast.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, overload
+
+import msgspec
+from msgspec import Meta, Struct
+
+from streamd.errors import WireError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import supervision as sv
+
+    from streamd.messages import Detections, Result, StageTimes, Status
+
+SCHEMA: Literal[1] = 1  # raised only when an old client would misread a message; a new field does not raise it
+
+Kind = Literal["detections", "status"]
+Format = Literal["json", "msgpack"]
+KINDS: tuple[Kind, ...] = ("detections", "status")
+
+Point = Annotated[tuple[float, float, float], Meta(description="x and y in source pixels, score in 0..1")]
+Utc = Annotated[str, Meta(description="ISO 8601 in UTC with microseconds, for example 2026-01-31T10:00:00.123456Z")]
+
+
+class Mask(Struct, frozen=True, kw_only=True):
+    """A binary mask at source size as COCO run lengths, as pycocotools reads them."""
+
+    size: Annotated[tuple[int, int], Meta(description="height, width in source pixels")]
+    counts: Annotated[str, Meta(description="COCO's compressed run lengths, column by column")]
+
+    def decode(self) -> np.ndarray:
+        """Return the mask as bool [height, width]; raise WireError where the run lengths are damaged."""
+        import numpy as np
+        from pycocotools import mask as coco
+
+        try:
+            pixels: np.ndarray = coco.decode({"size": list(self.size), "counts": self.counts.encode("ascii")})
+        except ValueError as err:
+            raise WireError(f"mask of {self.size[0]} x {self.size[1]} pixels: {err}") from err
+        if not self.counts or pixels.max(initial=0) > 1:  # pycocotools leaves pixels without a run uninitialised
+            raise WireError(f"mask of {self.size[0]} x {self.size[1]} pixels: the run lengths end too early")
+        return np.ascontiguousarray(pixels, dtype=bool)
+
+
+class DetectedObject(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One object of a frame; what the model's task does not give is left out."""
+
+    id: Annotated[int | None, Meta(description="track id, unique within the stream and epoch")] = None
+    label: str
+    label_id: Annotated[int, Meta(ge=0, description="index into the model's labels")]
+    score: Annotated[float, Meta(description="0..1")]
+    box: Annotated[tuple[float, float, float, float], Meta(description="x1, y1, x2, y2 in source pixels")]
+    mask: Mask | None = None
+    keypoints: tuple[Point, ...] | None = None
+
+
+class ModelName(Struct, frozen=True, kw_only=True):
+    """Which model saw the objects."""
+
+    name: Annotated[str, Meta(description="its name in the daemon's configuration")]
+    sha256: Annotated[str, Meta(description="of the weights, empty where it is not known")]
+
+
+class Milliseconds(Struct, frozen=True, kw_only=True):
+    """Where the frame spent its time in the daemon."""
+
+    decode: float
+    wait: Annotated[float, Meta(description="until a batch took the frame")]
+    infer: Annotated[float, Meta(description="letterbox and model, of the whole batch")]
+    post: Annotated[float, Meta(description="suppression, masks, copy to the host")]
+    total: Annotated[float, Meta(description="arrival of the packet to the end of post-processing")]
+
+
+class DetectionsMessage(Struct, frozen=True, kw_only=True):
+    """What one model saw in one frame of one stream."""
+
+    schema: Literal[1]
+    stream: str
+    seq: Annotated[int, Meta(description="counts this stream's detections messages; a jump is a loss")]
+    epoch: Annotated[int, Meta(description="counts connections and time jumps; pts compares within one epoch")]
+    pts: Annotated[float, Meta(description="presentation time in the stream's own clock, seconds")]
+    captured_at: Utc
+    clock: Annotated[
+        Literal["sender", "arrival"],
+        Meta(description="captured_at is the camera's own time (sender) or when the packet came (arrival)"),
+    ]
+    width: Annotated[int, Meta(description="of the frame as displayed, pixels")]
+    height: int
+    model: ModelName
+    objects: Annotated[tuple[DetectedObject, ...], Meta(description="by falling score")]
+    ms: Milliseconds
+    dropped: Annotated[int, Meta(description="frames of the stream decoded but not processed since the daemon started")]
+
+    @property
+    def captured_at_s(self) -> float:
+        """When the frame was taken, Unix time in seconds."""
+        return datetime.fromisoformat(self.captured_at).timestamp()
+
+    def to_supervision(self) -> sv.Detections:
+        """Return the objects as supervision.Detections, with masks and track ids where every object has one."""
+        import numpy as np
+        import supervision as sv
+
+        objects = self.objects
+        masks = [found.mask.decode() for found in objects if found.mask is not None]
+        ids = [found.id for found in objects if found.id is not None]
+        return sv.Detections(
+            xyxy=np.array([found.box for found in objects], dtype=np.float32).reshape(-1, 4),
+            mask=np.stack(masks) if masks and len(masks) == len(objects) else None,
+            confidence=np.array([found.score for found in objects], dtype=np.float32),
+            class_id=np.array([found.label_id for found in objects], dtype=np.int64),
+            tracker_id=np.array(ids, dtype=np.int64) if ids and len(ids) == len(objects) else None,
+            data={"class_name": np.array([found.label for found in objects], dtype=np.str_)},
+        )
+
+
+class StatusMessage(Struct, frozen=True, kw_only=True):
+    """A stream entered a state."""
+
+    schema: Literal[1]
+    stream: str
+    state: Annotated[str, Meta(description="a value of StreamState; a newer daemon may name others")]
+    reason: Annotated[str, Meta(description="one line for the operator; empty when all is well")]
+    decoder: Annotated[str, Meta(description="the decoder and why it was chosen; empty before")]
+    at: Utc
+    retry_in_s: Annotated[float | None, Meta(description="until the next try, where one is planned")]
+    reconnects: Annotated[int, Meta(description="connections after the first")]
+    frames: Annotated[int, Meta(description="decoded since the daemon started")]
+    dropped: Annotated[int, Meta(description="decoded but not processed")]
+    corrupt: Annotated[int, Meta(description="dropped because the decoder saw damage")]
+
+
+Message: TypeAlias = DetectionsMessage | StatusMessage
+
+
+class _Envelope(Struct, frozen=True):
+    schema: int
+
+
+_JSON_ENCODER = msgspec.json.Encoder()
+_MSGPACK_ENCODER = msgspec.msgpack.Encoder()
+_STRUCTS: dict[Kind, type[Message]] = {"detections": DetectionsMessage, "status": StatusMessage}
+_JSON_DECODERS = {kind: msgspec.json.Decoder(struct) for kind, struct in _STRUCTS.items()}
+_MSGPACK_DECODERS = {kind: msgspec.msgpack.Decoder(struct) for kind, struct in _STRUCTS.items()}
+
+
+def topic(stream: str, kind: Kind) -> str:
+    """Name the ZeroMQ topic."""
+    return f"streamd/{stream}/{kind}"
+
+
+def channel(stream: str, kind: Kind) -> str:
+    """Name the Redis pub/sub channel."""
+    return f"streamd:{stream}:{kind}"
+
+
+def stream_key(stream: str) -> str:
+    """Name the Redis Stream, which holds all kinds."""
+    return f"streamd:{stream}"
+
+
+def detections_message(result: Result, seq: int, labels: Sequence[str], sha256: str) -> DetectionsMessage:
+    """Put a result into wire form, rounded to what a detector can know: 0.01 px, 4 digits of score, 0.01 ms."""
+    frame = result.frame
+    return DetectionsMessage(
+        schema=SCHEMA,
+        stream=frame.stream,
+        seq=seq,
+        epoch=frame.stamp.epoch,
+        pts=round(frame.pts_s, 6),
+        captured_at=_utc(frame.stamp.captured_at),
+        clock=frame.stamp.clock,
+        width=frame.width,
+        height=frame.height,
+        model=ModelName(name=result.model, sha256=sha256),
+        objects=_objects(result.detections, labels),
+        ms=_milliseconds(result.times),
+        dropped=result.dropped,
+    )
+
+
+def status_message(status: Status) -> StatusMessage:
+    """Put a status into wire form."""
+    return StatusMessage(
+        schema=SCHEMA,
+        stream=status.stream,
+        state=str(status.state),
+        reason=status.reason,
+        decoder=status.decoder,
+        at=_utc(status.at),
+        retry_in_s=None if status.retry_in_s is None else round(status.retry_in_s, 2),
+        reconnects=status.reconnects,
+        frames=status.frames,
+        dropped=status.dropped,
+        corrupt=status.corrupt,
+    )
+
+
+def encode(message: Message, format: Format = "json") -> bytes:
+    """Return the payload."""
+    return _JSON_ENCODER.encode(message) if format == "json" else _MSGPACK_ENCODER.encode(message)
+
+
+@overload
+def decode(payload: bytes, kind: Literal["detections"]) -> DetectionsMessage: ...
+@overload
+def decode(payload: bytes, kind: Literal["status"]) -> StatusMessage: ...
+@overload
+def decode(payload: bytes, kind: Kind) -> Message: ...
+def decode(payload: bytes, kind: Kind) -> Message:
+    """Read a payload of either format; the topic or channel says the kind.
+
+    Raises WireError where it is no message of this kind or its schema is not ours.
+    """
+    is_json = payload[:1] == b"{"  # in msgpack 0x7b is a bare number, never the map that a message is
+    decoder = (_JSON_DECODERS if is_json else _MSGPACK_DECODERS)[kind]
+    try:
+        return decoder.decode(payload)
+    except (msgspec.DecodeError, UnicodeDecodeError) as err:
+        raise WireError(_why_unreadable(payload, is_json, kind, err)) from err
+
+
+def json_schema() -> dict[str, object]:
+    """Return the JSON Schema of both messages; the one to use is under `$defs`."""
+    references, definitions = msgspec.json.schema_components(_STRUCTS.values(), ref_template="#/$defs/{name}")
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "streamd messages",
+        "anyOf": list(references),
+        "$defs": definitions,
+    }
+
+
+def _objects(detections: Detections, labels: Sequence[str]) -> tuple[DetectedObject, ...]:
+    boxes, scores, label_ids = detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist()
+    rles = (None,) * len(detections) if detections.masks is None else detections.masks
+    return tuple(
+        DetectedObject(
+            label=labels[label_id],
+            label_id=label_id,
+            score=round(score, 4),
+            box=(round(x1, 2), round(y1, 2), round(x2, 2), round(y2, 2)),
+            mask=None if rle is None else Mask(size=(rle.height, rle.width), counts=rle.counts.decode("ascii")),
+        )
+        for (x1, y1, x2, y2), score, label_id, rle in zip(boxes, scores, label_ids, rles, strict=True)
+    )
+
+
+def _milliseconds(times: StageTimes) -> Milliseconds:
+    return Milliseconds(
+        decode=round(times.decode, 2),
+        wait=round(times.wait, 2),
+        infer=round(times.infer, 2),
+        post=round(times.post, 2),
+        total=round(times.total, 2),
+    )
+
+
+def _utc(unix_s: float) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def _why_unreadable(payload: bytes, is_json: bool, kind: Kind, err: Exception) -> str:
+    codec = msgspec.json if is_json else msgspec.msgpack
+    try:
+        schema = codec.decode(payload, type=_Envelope).schema
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        schema = SCHEMA
+    if schema != SCHEMA:
+        advice = "update streamd here" if schema > SCHEMA else "update the daemon"
+        return f"{kind} message of schema {schema}, but this client reads schema {SCHEMA}: {advice}"
+    return f"not a streamd {kind} message: {err} ({len(payload)} bytes that begin with {payload[:24]!r})"
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(json_schema()), indent=2) + b"\n")

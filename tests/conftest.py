@@ -1,0 +1,69 @@
+"""What several tests share: cameras, a Redis, and the folder of design material."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.redis_server import RedisServer, missing_for_redis
+from tests.rtsp import RtspServer, encode_clip, is_h264, missing_for_rtsp
+
+ROOT = Path(__file__).parents[1]
+
+StartRtsp = Callable[..., RtspServer]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Give the folder of videos, data and reference outputs that lies beside a checkout, or skip."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("the folder ../shared is missing: it lies beside the checkout of those who design streamd")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_clip() -> Path:
+    """Give the clip that the project ships: H.264, 768x576, 10 frames/s, 250 frames, a key frame every 20."""
+    return ROOT / "configs" / "media" / "pedestrians.mp4"
+
+
+@pytest.fixture(scope="session")
+def h264_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Path]:
+    """Encode a clip of another codec to H.264, once a session; an H.264 clip is given back as it is."""
+    cache = tmp_path_factory.mktemp("h264")
+
+    def convert(clip: Path) -> Path:
+        encoded = cache / f"{clip.stem}.mp4"
+        if is_h264(clip):
+            return clip
+        return encoded if encoded.exists() else encode_clip(clip, encoded, fps=25, seconds=8)
+
+    return convert
+
+
+@pytest.fixture
+def rtsp_server(h264_of: Callable[[Path], Path]) -> Iterator[StartRtsp]:
+    """Start RTSP servers, which end with the test: `rtsp_server({"gate": clip}, user="u", password="p")`."""
+    if missing := missing_for_rtsp():
+        pytest.skip(missing)
+    with ExitStack() as stack:
+
+        def start(clips: Mapping[str, Path], **options: Any) -> RtspServer:
+            mounts = {name: h264_of(clip) for name, clip in clips.items()}
+            return stack.enter_context(RtspServer(mounts, **options))
+
+        yield start
+
+
+@pytest.fixture
+def redis_server() -> Iterator[RedisServer]:
+    """Run an empty Redis for the length of one test."""
+    if missing := missing_for_redis():
+        pytest.skip(missing)
+    with RedisServer() as server:
+        yield server

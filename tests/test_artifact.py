@@ -1,0 +1,280 @@
+"""Model files: what is written can be read, and what is wrong is said."""
+
+from __future__ import annotations
+
+import threading
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor, nn
+
+from streamd.errors import ModelError
+from streamd.models import artifact
+from streamd.models.spec import MaskRule, ModelSpec
+from streamd.models.yolox import yolox_nano
+
+SIZE = (64, 96)
+DETECT = ModelSpec(name="small", task="detect", labels=("a", "b", "c"), input_size=SIZE, colour="bgr")
+SEGMENT = msgspec.structs.replace(DETECT, task="segment", masks=MaskRule())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "model.pt"
+    artifact.export(yolox_nano(3, input_size=SIZE), DETECT, path)
+    return path
+
+
+class Fixed(nn.Module):
+    """Return the tensors of `make`, whatever the images show."""
+
+    def __init__(self, make: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.make = make
+
+    def forward(self, images: Tensor) -> object:
+        return self.make(images)
+
+
+def boxes_and_scores(images: Tensor, num_labels: int = 3) -> dict[str, Tensor]:
+    pooled = images.mean(dim=(2, 3))  # [B, 3]
+    return {
+        "boxes": pooled[:, None, [0, 1, 2, 0]].expand(-1, 5, 4),
+        "scores": pooled[:, None, :1].sigmoid().expand(-1, 5, num_labels),
+    }
+
+
+def test_an_exported_model_says_what_it_is_and_computes_what_the_network_does(tmp_path: Path) -> None:
+    network = yolox_nano(3, input_size=SIZE).eval()
+    artifact.export(network, DETECT, tmp_path / "made" / "model.pt")
+    module, spec = artifact.load(tmp_path / "made" / "model.pt")
+    assert spec == DETECT == artifact.read_spec(tmp_path / "made" / "model.pt")
+    images = torch.rand(5, 3, *SIZE) * 255
+    with torch.inference_mode():
+        expected, loaded, optimised = network(images), module(images), artifact.optimize(module)(images)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=1e-4, atol=5e-4)
+        torch.testing.assert_close(optimised[name], tensor, rtol=1e-4, atol=5e-4)
+
+
+def test_a_model_with_masks_is_exported_and_loaded(tmp_path: Path) -> None:
+    artifact.export(yolox_nano(3, num_prototypes=8, input_size=SIZE), SEGMENT, tmp_path / "model.pt")
+    module, spec = artifact.load(tmp_path / "model.pt")
+    output = module(torch.rand(4, 3, *SIZE))
+    assert spec.masks == MaskRule()
+    assert list(output["prototypes"].shape) == [4, 8, 16, 24]
+    assert list(output["coefficients"].shape) == [4, output["boxes"].shape[1], 8]
+
+
+def test_exporting_leaves_the_network_as_it_was_and_no_file_beside_the_model(tmp_path: Path) -> None:
+    network = yolox_nano(3, input_size=SIZE).train()
+    artifact.export(network, DETECT, tmp_path / "model.pt")
+    assert network.training
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_models_can_be_loaded_by_several_threads_at_once(model: Path) -> None:
+    specs: list[ModelSpec] = []
+    threads = [threading.Thread(target=lambda: specs.append(artifact.load(model)[1])) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert specs == [DETECT] * 4
+
+
+def test_a_network_that_depends_on_the_batch_size_is_not_exported(tmp_path: Path) -> None:
+    def tied_to_batch(images: Tensor) -> dict[str, Tensor]:
+        output = boxes_and_scores(images)
+        return output | {"boxes": output["boxes"].reshape(int(images.shape[0]), 5, 4)}
+
+    with (
+        pytest.warns(torch.jit.TracerWarning, match="Python integer"),
+        pytest.raises(ModelError, match=r"not written.*fails with 1.*batch size"),
+    ):
+        artifact.export(Fixed(tied_to_batch), DETECT, tmp_path / "model.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_a_trace_cannot_follow_is_not_exported(tmp_path: Path) -> None:
+    def scaled_by_batch(images: Tensor) -> dict[str, Tensor]:
+        output = boxes_and_scores(images)
+        return output | {"scores": output["scores"] * int(images.shape[0])}
+
+    with pytest.warns(torch.jit.TracerWarning), pytest.raises(ModelError, match=r"not written.*scores differs"):
+        artifact.export(Fixed(scaled_by_batch), DETECT, tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("make", "spec", "message"),
+    [
+        (lambda x: x, DETECT, r"dict of tensors with the keys \['boxes', 'scores'\], got Tensor"),
+        (lambda x: {"boxes": boxes_and_scores(x)["boxes"]}, DETECT, r"got \['boxes'\]"),
+        (boxes_and_scores, SEGMENT, r"keys \['boxes', 'scores', 'prototypes', 'coefficients'\]"),
+        (lambda x: boxes_and_scores(x, 2), DETECT, r"3 labels: scores is \[2, 5, 2\]"),
+        (lambda x: boxes_and_scores(x) | {"boxes": x}, DETECT, r"boxes is \[2, 3, 64, 96\]"),
+        (lambda x: boxes_and_scores(x) | {"boxes": boxes_and_scores(x)["boxes"][:1]}, DETECT, r"boxes is \[1, 5, 4\]"),
+        (
+            lambda x: boxes_and_scores(x) | {"prototypes": x, "coefficients": boxes_and_scores(x)["boxes"]},
+            SEGMENT,
+            r"prototypes is \[2, 3, 64, 96\]",
+        ),
+        (
+            lambda x: boxes_and_scores(x) | {"prototypes": x, "coefficients": x.mean()},
+            SEGMENT,
+            r"prototypes is .*coefficients is \[\]",
+        ),
+    ],
+)
+def test_a_network_whose_output_does_not_fit_its_spec_is_not_exported(
+    tmp_path: Path, make: Callable[[Tensor], object], spec: ModelSpec, message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        artifact.export(Fixed(make), spec, tmp_path / "model.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_does_not_accept_the_input_size_is_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"does not accept images of shape \[2, 3, 64, 96\]"):
+        artifact.export(yolox_nano(3, input_size=(64, 64)), DETECT, tmp_path / "model.pt")
+
+
+def test_a_place_where_nothing_can_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(ModelError, match="cannot write the model"):
+        artifact.export(yolox_nano(3, input_size=SIZE), DETECT, tmp_path / "file" / "model.pt")
+
+
+def rewrite(model: Path, target: Path, edit: Callable[[str, bytes], bytes | None]) -> Path:
+    """Copy an artifact entry by entry through `edit`, which drops an entry by returning None."""
+    with zipfile.ZipFile(model) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            content = edit(name, old.read(name))
+            if content is not None:
+                new.writestr(name, content)
+    return target
+
+
+def with_spec(model: Path, target: Path, spec: bytes) -> Path:
+    return rewrite(model, target, lambda name, content: spec if name.endswith(artifact.SPEC_FILE) else content)
+
+
+def test_a_missing_file_is_an_error_that_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no such file; make one with: streamd export"):
+        artifact.load(tmp_path / "model.pt")
+
+
+def test_a_directory_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is a directory"):
+        artifact.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "the file is empty"),
+        (b"streams: {}\n", "not a model file"),
+        (b"\x80\x02}q\x00.", r"this is a checkpoint; make an artifact with: streamd export .* --weights .*model\.pt"),
+        (b"PK\x03\x04 and no more", "truncated"),
+    ],
+)
+def test_a_foreign_file_is_an_error_that_says_what_it_is(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=message):
+        artifact.load(path)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_a_truncated_model_is_an_error(model: Path, tmp_path: Path, share: float) -> None:
+    content = model.read_bytes()
+    path = tmp_path / "model.pt"
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ModelError, match="truncated"):
+        artifact.load(path)
+
+
+def test_a_model_with_damaged_code_is_an_error(model: Path, tmp_path: Path) -> None:
+    path = rewrite(model, tmp_path / "model.pt", lambda name, content: b"?" if name.endswith(".py") else content)
+    assert artifact.read_spec(path) == DETECT
+    with pytest.raises(ModelError, match="cannot be loaded.*damaged"):
+        artifact.load(path)
+
+
+def test_a_model_without_its_weights_is_an_error(model: Path, tmp_path: Path) -> None:
+    path = rewrite(model, tmp_path / "model.pt", lambda name, content: None if "/data/" in name else content)
+    with pytest.raises(ModelError, match="cannot be loaded.*damaged"):
+        artifact.load(path)
+
+
+def test_a_checkpoint_is_an_error_that_names_the_command_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "yolox_nano.pth"
+    torch.save({"model": {"weight": torch.zeros(1)}}, path)
+    with pytest.raises(ModelError, match=r"this is a checkpoint.*streamd export yolox_nano --weights .*\.pth -o model"):
+        artifact.load(path)
+
+
+def test_a_zip_archive_or_torchscript_without_a_spec_is_an_error(model: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "archive.pt", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    foreign = rewrite(model, tmp_path / "foreign.pt", lambda name, content: None if "/extra/" in name else content)
+    for path in (tmp_path / "archive.pt", foreign):
+        with pytest.raises(ModelError, match=r"holds no streamd\.json"):
+            artifact.load(path)
+
+
+def edited(**fields: object) -> bytes:
+    return msgspec.json.encode(msgspec.to_builtins(DETECT) | fields)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (b"{", "not understood"),
+        (b"\xff\xfe", "not understood"),
+        (b"[]", "not understood"),
+        (edited(colours="bgr"), "not understood.*colours"),
+        (edited(task="count"), "not understood.*count"),
+        (edited(schema=2), "schema is 2"),
+        (edited(labels=[]), "labels is empty"),
+        (edited(input_size=[0, 64]), r"input_size is \[0, 64\]"),
+        (edited(std=[1.0, 0.0, 1.0]), "std holds a 0"),
+        (edited(task="segment"), "'segment' without a mask rule"),
+    ],
+)
+def test_a_wrong_spec_is_an_error(model: Path, tmp_path: Path, spec: bytes, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        artifact.read_spec(with_spec(model, tmp_path / "model.pt", spec))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (edited(labels=["a", "b"]), r"2 labels: scores is \[1, 126, 3\]"),
+        (edited(input_size=[32, 32]), r"forward failed on images of shape \[1, 3, 32, 32\]"),
+        (edited(task="segment", masks={}), r"got \['boxes', 'scores'\]"),
+    ],
+)
+def test_a_model_that_does_not_do_what_its_spec_says_is_an_error(
+    model: Path, tmp_path: Path, spec: bytes, message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        artifact.load(with_spec(model, tmp_path / "model.pt", spec))
+
+
+def test_a_device_that_is_not_there_is_an_error(model: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    with pytest.raises(ModelError, match="cannot be loaded onto the device cuda"):
+        artifact.load(model, "cuda")
+
+
+def test_a_model_file_is_the_same_each_time_it_is_exported(tmp_path: Path) -> None:
+    network = yolox_nano(3, input_size=SIZE)
+    for name in ("one.pt", "two.pt"):
+        artifact.export(network, DETECT, tmp_path / name)
+    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
