@@ -115,9 +115,9 @@ def nms(
     `boxes` [B, K, 4] x1 y1 x2 y2, `scores` [B, K], `labels` [B, K] int64. Returns `keep` [B, max_detections] int64,
     indices into K by falling score (the lower index first where scores are equal), padded with -1, and `count` [B].
 
-    A candidate takes part if its score >= `score_threshold` (rounded to float32) and its box is finite; a score of
-    NaN never does. IoU > `iou_threshold` suppresses. The arithmetic is torchvision's, so the result is that of
-    `batched_nms` per class: a pair of empty boxes has an IoU of NaN and suppresses nothing.
+    A candidate takes part if its score >= `score_threshold` (rounded to float32) and score and box are finite.
+    IoU > `iou_threshold` suppresses. The arithmetic is that of torchvision's `nms` for each label, so the result is
+    too: the IoU of two empty boxes is NaN and suppresses nothing.
     """
     # numpy, because there are few candidates as a rule, and then the time goes into calling some sixty operators.
     images = zip(_on_host(boxes.float()), _on_host(scores.float()), _on_host(labels), strict=True)
@@ -133,7 +133,7 @@ def nms(
 
 
 def _on_host(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().cpu().numpy()  # type: ignore[no-any-return]
+    return tensor.detach().cpu().numpy()
 
 
 def _round_down_to_float32(threshold: float) -> np.float32:
@@ -148,7 +148,7 @@ def _round_down_to_float32(threshold: float) -> np.float32:
 def _rank_candidates(boxes: np.ndarray, scores: np.ndarray, floor: np.float32) -> np.ndarray:
     """Return the indices of the candidates that take part, by falling score, stable."""
     index = np.flatnonzero(scores >= floor)
-    index = index[np.isfinite(boxes[index]).all(axis=1)]
+    index = index[np.isfinite(boxes[index]).all(axis=1) & np.isfinite(scores[index])]
     return index[np.argsort(-scores[index], kind="stable")]
 
 
@@ -200,7 +200,7 @@ def _suppresses(
         intersection = width * height
         union = (x2 - x1) * (y2 - y1) + (other_x2 - other_x1) * (other_y2 - other_y1) - intersection
         overlap = intersection / union > limit
-    return overlap & (labels[winners, None] == labels[others])  # type: ignore[no-any-return]
+    return overlap & (labels[winners, None] == labels[others])
 
 
 class _Taps(NamedTuple):

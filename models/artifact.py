@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from streamd.errors import ModelError
+from streamd.models import BUILDERS
 from streamd.models.spec import ModelSpec
 
 FORMAT = 1  # of what `export` writes; counted up when artifacts made before must be made again
@@ -237,7 +238,8 @@ def _describe_foreign(path: Path) -> str:
 
 def export_command(checkpoint: Path | None = None) -> str:
     """Say the command that makes an artifact, for error messages."""
-    return f"streamd export yolox_nano --weights {checkpoint or 'FILE'} -o model.pt"
+    network = checkpoint.stem if checkpoint and checkpoint.stem in BUILDERS else "yolox_nano"
+    return f"streamd export {network} --weights {checkpoint or 'FILE'} -o model.pt"
 
 
 def _check_spec(spec: ModelSpec, path: Path) -> None:

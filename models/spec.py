@@ -13,7 +13,7 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     pass
 
 
-class ResizeRule(_Record, kw_only=True):
+class ResizeRule(_Record, frozen=True, kw_only=True):
     """How a frame is placed into the network's input. The scale is min(input / source) over both sides,
     the scaled size is truncated to whole pixels, the interpolation is bilinear with half-pixel centres."""
 
@@ -22,7 +22,7 @@ class ResizeRule(_Record, kw_only=True):
     pad: float = 114.0  # value of the padding, 0..255, before normalisation
 
 
-class NmsRule(_Record, kw_only=True):
+class NmsRule(_Record, frozen=True, kw_only=True):
     """Defaults of the suppression; the daemon's configuration may override the thresholds."""
 
     score_threshold: float = 0.3
@@ -31,12 +31,12 @@ class NmsRule(_Record, kw_only=True):
     multi_label: bool = False  # False: only the best class of each candidate counts
 
 
-class MaskRule(_Record, kw_only=True):
+class MaskRule(_Record, frozen=True, kw_only=True):
     kind: Literal["prototype"] = "prototype"
     threshold: float = 0.5  # of the mask's probability
 
 
-class ModelSpec(_Record, kw_only=True):
+class ModelSpec(_Record, frozen=True, kw_only=True):
     """Everything that is needed before and after `forward`."""
 
     schema: int = 1

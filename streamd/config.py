@@ -56,6 +56,11 @@ class StreamDefaults(_Section):
     stall_timeout_s: float = Field(5, gt=0, le=300, description="Without a frame for so long, the stream reconnects.")
 
 
+def is_file_url(url: str) -> bool:
+    """Tell a file's path or file:// URL from a camera."""
+    return "://" not in url or url.startswith("file://")
+
+
 class StreamConfig(StreamDefaults):
     """One camera, file or device."""
 
@@ -76,14 +81,11 @@ class StreamConfig(StreamDefaults):
 
     @property
     def is_file(self) -> bool:
-        text = self.url.get_secret_value()
-        return "://" not in text or text.startswith("file://")
+        return is_file_url(self.url.get_secret_value())
 
 
 class ZeroMqConfig(_Section):
-    bind: str = Field(
-        "tcp://127.0.0.1:5555", pattern=r"^(tcp|ipc)://.+", description="Where subscribers connect to."
-    )
+    bind: str = Field("tcp://127.0.0.1:5555", pattern=r"^(tcp|ipc)://.+", description="Where subscribers connect to.")
     high_water_mark: int = Field(1000, ge=1, description="Messages kept for a slow subscriber before it loses some.")
 
 
@@ -106,7 +108,7 @@ class PublishConfig(_Section):
 
     format: Literal["json", "msgpack"] = Field("json", description="How messages are encoded.")
     queue_size: int = Field(1000, ge=1, description="Messages kept for a publisher that is down or slow.")
-    zeromq: ZeroMqConfig | None = Field(default_factory=ZeroMqConfig, description="null switches it off.")
+    zeromq: ZeroMqConfig | None = Field(ZeroMqConfig(), description="null switches it off.")
     redis: RedisConfig | None = None
 
 
@@ -119,11 +121,11 @@ class MetricsConfig(_Section):
 class Config(_Section):
     """The whole file."""
 
-    defaults: StreamDefaults = Field(default_factory=StreamDefaults, description="For every stream.")
+    defaults: StreamDefaults = Field(StreamDefaults(), description="For every stream.")
     models: dict[Name, ModelConfig] = Field(min_length=1, description="The models, by name.")
     streams: dict[Name, StreamConfig] = Field(min_length=1, description="The cameras, by name.")
-    publish: PublishConfig = Field(default_factory=PublishConfig)
-    metrics: MetricsConfig = Field(default_factory=MetricsConfig)
+    publish: PublishConfig = PublishConfig()
+    metrics: MetricsConfig = MetricsConfig()
 
     def model_of(self, stream: str) -> str:
         """Name the model of a stream; `config_file.load` has checked that it exists."""

@@ -5,44 +5,24 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
 
-from streamd.config import Config, StreamConfig, with_defaults
+from streamd.config import Config, is_file_url, with_defaults
 from streamd.errors import ConfigError
-from streamd.redact import redact, register_secret
+from streamd.redact import redact, register_secret, register_url
+from streamd.yaml_tree import Place, YamlTree
 
-Place = tuple[str | int, ...]  # keys from the root to a value
-_SUBSTITUTION = re.compile(r"\$\$|\$\{([^}]*)\}")
+Problem = tuple[Place, str]  # where, and a sentence for the operator
+
+_SUBSTITUTION = re.compile(r"\$\$|\$\{([^}]*)(\}?)")
 _MAX_BYTES = 4 << 20
-
-
-class _Problems:
-    """What is wrong with one file; each entry has a place and a sentence."""
-
-    def __init__(self, lines: dict[Place, int]) -> None:
-        self._lines = lines
-        self._found: list[tuple[int, str]] = []
-
-    def add(self, place: Place, sentence: str) -> None:
-        known = place
-        while known and known not in self._lines:
-            known = known[:-1]
-        line = self._lines.get(known, 1)
-        name = ".".join(str(part) for part in place) or "the file"
-        self._found.append((line, f"line {line}: {name}: {sentence}"))
-
-    def raise_if_any(self, path: Path) -> None:
-        if not self._found:
-            return
-        sentences = [redact(sentence) for _, sentence in sorted(dict.fromkeys(self._found))]
-        count = "1 error" if len(sentences) == 1 else f"{len(sentences)} errors"
-        raise ConfigError(f"{path}: {count}\n" + "\n".join(f"  {sentence}" for sentence in sentences))
+_MAX_SECRET_BYTES = 64 << 10
+_MAX_SHOWN = 80  # characters of a wrong value
 
 
 def load(path: Path) -> Config:
@@ -56,29 +36,45 @@ def load(path: Path) -> Config:
 
 def parse(text: str, path: Path) -> Config:
     """Like `load`, from text; `path` is for messages and for relative paths."""
+    problems: list[Problem] = []
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as err:
-        mark = getattr(err, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise ConfigError(f"{path}: not valid YAML: {where}{getattr(err, 'problem', None) or err}") from err
-    if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{path}: expected the keys models: and streams:, got {'nothing' if root is None else 'no map'}")
-    lines: dict[Place, int] = {}
-    problems = _Problems(lines)
-    tree = _construct(root, (), lines, problems)
-    tree = _substitute(tree, (), path.parent, problems)
+        tree = YamlTree(text, complain=lambda place, sentence: problems.append((place, sentence)))
+    except ConfigError as err:
+        raise ConfigError(f"{path}: {err}") from err
+    written = tree.root
+    merged = with_defaults(_substitute(written, (), path.parent, problems))
+    problems += _cross_checks(written, merged)
+    config = None
     try:
-        config = Config.model_validate(with_defaults(tree))
+        config = Config.model_validate(merged)
     except ValidationError as err:
-        for detail in err.errors(include_url=False):
-            problems.add(*_explain(detail, tree))
-        problems.raise_if_any(path)
-        raise
-    for place, sentence in _cross_checks(config):
-        problems.add(place, sentence)
-    problems.raise_if_any(path)
-    return _with_absolute_paths(config, path.parent)
+        unread = {place for place, _ in problems}
+        problems += [problem for problem in _explain(err, written) if problem[0] not in unread]
+    if config is None or problems:
+        raise _config_error(path, tree, problems)
+    config = _with_absolute_paths(config, path.parent)
+    for stream in config.streams.values():
+        register_url(stream.url.get_secret_value())
+    return config
+
+
+def _config_error(path: Path, tree: YamlTree, problems: Sequence[Problem]) -> ConfigError:
+    """Say everything that is wrong with the file, by line; what came from `defaults:` is said once, there."""
+    found = set()
+    for place, sentence in problems:
+        place = _as_written(place, tree.root)
+        line, name = tree.line_of(place), ".".join(map(str, place)) or "the file"
+        found.add((line, f"line {line}: {redact(name)}: {redact(sentence)}"))
+    count = "1 error" if len(found) == 1 else f"{len(found)} errors"
+    return ConfigError(f"{path}: {count}\n" + "\n".join(f"  {sentence}" for _, sentence in sorted(found)))
+
+
+def _as_written(place: Place, written: Any) -> Place:
+    """Find where the operator wrote a value that a stream has from `defaults:`."""
+    stream, defaults = _value_at(written, place[:2]), written.get("defaults")
+    if len(place) < 3 or place[0] != "streams" or not isinstance(stream, dict) or not isinstance(defaults, dict):
+        return place
+    return ("defaults", *place[2:]) if place[2] in defaults and place[2] not in stream else place
 
 
 def _read(path: Path) -> str:
@@ -88,55 +84,31 @@ def _read(path: Path) -> str:
         if len(data) > _MAX_BYTES:
             raise ConfigError(f"{path}: larger than {_MAX_BYTES >> 20} MiB; is this a configuration?")
         return data.decode()
-    except OSError as err:
-        raise ConfigError(f"{path}: cannot be read: {err.strerror}") from err
     except UnicodeDecodeError as err:
         raise ConfigError(f"{path}: not a text file (byte {err.start} is not UTF-8)") from err
+    except OSError as err:
+        raise ConfigError(f"{path}: cannot be read: {err.strerror}") from err
 
 
-def _construct(node: yaml.Node, place: Place, lines: dict[Place, int], problems: _Problems) -> Any:
-    """Build plain values from YAML nodes and remember each value's line; a repeated key is a problem."""
-    lines[place] = node.start_mark.line + 1
-    if isinstance(node, yaml.MappingNode):
-        values: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = str(getattr(key_node, "value", ""))
-            here = (*place, key)
-            if key in values:
-                lines[here] = key_node.start_mark.line + 1
-                problems.add(here, "stands twice; a name may be used once")
-                continue
-            values[key] = _construct(value_node, here, lines, problems)
-            lines[here] = key_node.start_mark.line + 1
-        return values
-    if isinstance(node, yaml.SequenceNode):
-        return [_construct(child, (*place, i), lines, problems) for i, child in enumerate(node.value)]
-    try:
-        loader = yaml.SafeLoader("")
-        return loader.construct_object(node)
-    except yaml.YAMLError as err:
-        problems.add(place, f"cannot be read: {getattr(err, 'problem', err)}")
-        return None
-
-
-def _substitute(value: Any, place: Place, folder: Path, problems: _Problems) -> Any:
+def _substitute(value: Any, place: Place, folder: Path, problems: list[Problem]) -> Any:
     """Replace ${NAME} and ${file:PATH} in every string; what they give is a secret from then on."""
     if isinstance(value, dict):
         return {key: _substitute(child, (*place, key), folder, problems) for key, child in value.items()}
     if isinstance(value, list):
         return [_substitute(child, (*place, i), folder, problems) for i, child in enumerate(value)]
-    if not isinstance(value, str) or "$" not in value:
+    if not isinstance(value, str):
         return value
 
     def look_up(match: re.Match[str]) -> str:
-        if match.group(0) == "$$":
+        if match[0] == "$$":
             return "$"
-        name = match.group(1)
         try:
-            secret = _look_up(name, folder)
+            if not match[2]:
+                raise ConfigError("'${' without its '}'; write $${ for a plain '${'")
+            secret = _look_up(match[1], folder)
         except ConfigError as err:
-            problems.add(place, str(err))
-            return "x"
+            problems.append((place, str(err)))
+            return match[0]
         register_secret(secret)
         return secret
 
@@ -144,39 +116,72 @@ def _substitute(value: Any, place: Place, folder: Path, problems: _Problems) -> 
 
 
 def _look_up(name: str, folder: Path) -> str:
-    if name.startswith("file:"):
-        path = folder / name.removeprefix("file:")
-        try:
-            return path.read_text().strip()
-        except (OSError, UnicodeDecodeError) as err:
-            raise ConfigError(f"${{{name}}}: cannot read {path}: {getattr(err, 'strerror', err)}") from err
-    if name not in os.environ:
-        raise ConfigError(f"${{{name}}}: the environment variable {name} is not set")
-    return os.environ[name]
+    if not name.startswith("file:"):
+        if not name or name not in os.environ:
+            raise ConfigError(f"${{{name}}}: the environment variable {name} is not set")
+        return os.environ[name]
+    path = folder / name.removeprefix("file:")
+    try:
+        with path.open("rb") as file:
+            data = file.read(_MAX_SECRET_BYTES + 1)
+        if len(data) > _MAX_SECRET_BYTES:
+            raise ConfigError(f"${{{name}}}: {path} is larger than {_MAX_SECRET_BYTES >> 10} KiB; is this a secret?")
+        return data.decode().strip()
+    except OSError as err:
+        raise ConfigError(f"${{{name}}}: cannot read {path}: {err.strerror}") from err
+    except ValueError as err:  # not UTF-8, or a path with a zero byte
+        raise ConfigError(f"${{{name}}}: {path} is not a text file") from err
 
 
-def _explain(detail: ErrorDetails, tree: Any) -> tuple[Place, str]:
-    """Turn one of pydantic's errors into a place and a sentence for the operator."""
-    place = tuple(part for part in detail["loc"] if not _is_union_member(part))
+def _explain(err: ValidationError, written: Any) -> Iterator[Problem]:
+    """Turn pydantic's errors into places and sentences for the operator."""
+    choices: dict[Place, list[str]] = {}  # what a union's members say about the same value
+    for detail in err.errors(include_url=False):
+        place, kind = detail["loc"], detail["type"]
+        if kind == "extra_forbidden":
+            yield place[:-1], f"unknown key '{place[-1]}' ({_nearest(str(place[-1]), _known_keys(place[:-1]))})"
+        elif kind == "missing":
+            yield place[:-1], f"'{place[-1]}' is missing"
+        elif place[-1:] == ("[key]",):
+            allowed = "a name holds 1 to 64 letters, digits, '_', '.' and '-', and begins with a letter or digit"
+            yield place[:-1], allowed
+        else:
+            place = _without_union_member(place)
+            choices.setdefault(place, []).append(_sentence(detail))
+    for place, sentences in choices.items():
+        got = _value_at(written, _as_written(place, written))  # before substitution, so that no secret is shown
+        yield place, " or ".join(sentences) + _shown(got)
+
+
+def _sentence(detail: ErrorDetails) -> str:
     kind = detail["type"]
-    if kind == "extra_forbidden":
-        known = _known_keys(place[:-1])
-        near = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
-        return place[:-1], f"unknown key '{place[-1]}' ({hint})"
-    if kind == "missing":
-        return place[:-1], f"'{place[-1]}' is missing"
-    if kind == "string_pattern_mismatch" and "[key]" in place:
-        return place[:-1], "a name holds 1 to 64 letters, digits, '_', '.' and '-', and begins with a letter or digit"
+    if kind in ("dict_type", "model_type"):
+        return "should be a map of keys and values"
+    if kind == "too_short":
+        return "is empty; name at least one"
     sentence = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    got = _value_at(tree, place)
-    shown = "" if kind == "value_error" or isinstance(got, dict | list) else f", got {got!r}"
-    return place, sentence[0].lower() + sentence[1:] + shown
+    return sentence[0].lower() + sentence[1:]
 
 
-def _is_union_member(part: str | int) -> bool:
-    """Pydantic puts the tried member of a union into the place; the operator never wrote that."""
-    return isinstance(part, str) and (part.startswith(("literal[", "constrained-")) or part in ("int", "float"))
+def _shown(value: Any) -> str:
+    """Quote a wrong value as YAML would write it, where it is short."""
+    if isinstance(value, dict | list):
+        return ""
+    if isinstance(value, str):
+        text = redact(value)
+        return f", got '{text[:_MAX_SHOWN]}...'" if len(text) > _MAX_SHOWN else f", got '{text}'"
+    return ", got nothing" if value is None else f", got {str(value).lower()}"
+
+
+def _nearest(wrong: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
+
+
+def _without_union_member(place: Place) -> Place:
+    """Drop the tried member of a union, which pydantic puts last; the operator never wrote that."""
+    last = str(place[-1]) if len(place) > 3 else ""
+    return place[:-1] if last.startswith(("literal[", "constrained-")) else place
 
 
 def _value_at(tree: Any, place: Place) -> Any:
@@ -184,7 +189,7 @@ def _value_at(tree: Any, place: Place) -> Any:
         try:
             tree = tree[part]
         except (KeyError, IndexError, TypeError):
-            return tree
+            return None
     return tree
 
 
@@ -202,30 +207,32 @@ def _known_keys(place: Place) -> list[str]:
     return list(section.model_fields)
 
 
-def _cross_checks(config: Config) -> Iterator[tuple[Place, str]]:
-    """Find what no single section can see."""
-    for name, stream in config.streams.items():
-        if stream.model is None and len(config.models) > 1:
-            yield ("streams", name), f"'model' is missing; choose one of {', '.join(config.models)}"
-        elif stream.model is not None and stream.model not in config.models:
-            near = difflib.get_close_matches(stream.model, config.models, n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(config.models)}"
-            yield ("streams", name, "model"), f"no model '{stream.model}' under models: ({hint})"
-        if stream.loop and not stream.is_file:
-            yield ("streams", name, "loop"), "only a file can start again at its end"
-        if stream.pace == "fast" and not stream.is_file:
-            yield ("streams", name, "pace"), "only a file can be read faster than real time"
+def _cross_checks(written: Any, merged: Any) -> Iterator[Problem]:
+    """Find what no single section can see; the trees may be wrong in any other way."""
+    models, streams = merged.get("models"), merged.get("streams")
+    if not isinstance(models, dict) or not isinstance(streams, dict):
+        return
+    for name, stream in streams.items():
+        if not isinstance(stream, dict):
+            continue
+        model, url = stream.get("model"), stream.get("url")
+        if model is None and len(models) > 1:
+            yield ("streams", name), f"'model' is missing; choose one of {', '.join(models)}"
+        elif isinstance(model, str) and model not in models:
+            yield ("streams", name, "model"), f"no model '{model}' under models: ({_nearest(model, list(models))})"
+        if isinstance(url, str) and not is_file_url(url):
+            own = written["streams"][name]  # `defaults:` may say it for the files among the streams
+            if own.get("loop") is True:
+                yield ("streams", name, "loop"), "only a file can start again at its end"
+            if own.get("pace") == "fast":
+                yield ("streams", name, "pace"), "only a file can be read faster than real time"
 
 
 def _with_absolute_paths(config: Config, folder: Path) -> Config:
     """Take relative paths from the file's folder; bare names of known models stay."""
 
     def absolute(path: str) -> str:
-        return str((folder / Path(path).expanduser()).absolute())
-
-    def of_stream(stream: StreamConfig) -> StreamConfig:
-        url = stream.url.get_secret_value()
-        return stream.model_copy(update={"url": SecretStr(absolute(url))}) if "://" not in url else stream
+        return str((folder / os.path.expanduser(path)).absolute())
 
     models = {
         name: model.model_copy(update={"path": absolute(model.path)})
@@ -233,5 +240,10 @@ def _with_absolute_paths(config: Config, folder: Path) -> Config:
         else model
         for name, model in config.models.items()
     }
-    streams = {name: of_stream(stream) for name, stream in config.streams.items()}
+    streams = {
+        name: stream
+        if "://" in (url := stream.url.get_secret_value())
+        else stream.model_copy(update={"url": SecretStr(absolute(url))})
+        for name, stream in config.streams.items()
+    }
     return config.model_copy(update={"models": models, "streams": streams})

@@ -14,7 +14,7 @@ class ModelError(StreamdError):
 
 
 class PublishError(StreamdError):
-    """A publisher could not be set up, for example because its port is taken."""
+    """A publisher could not be set up, for example because its port is taken, or its far side fails."""
 
 
 class SourceError(StreamdError):
@@ -28,6 +28,10 @@ class SourceError(StreamdError):
         super().__init__(message)
         self.state = state
         self.permanent = permanent
+
+
+class OutputError(StreamdError):
+    """A picture or video could not be written."""
 
 
 class WireError(StreamdError):

@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,8 +21,9 @@ from streamd.models import artifact
 logger = logging.getLogger(__name__)
 
 _BATCH_LADDER = (2, 4, 8, 16, 32)
-_WORTH_IT = 1.05  # a larger batch adds latency, so it must add this much throughput
-_NUM_RUNS = 3
+_WORTH_IT = 1.1  # what comes later in the candidates adds latency or barriers, so it must add this much throughput
+_NUM_WARM_UPS = 3  # TorchScript specialises a graph during its first runs
+_NUM_RUNS = 4
 Auto = Literal["auto"]
 
 
@@ -58,7 +60,8 @@ class Model:
         def work() -> None:
             torch.set_num_threads(threads)
             try:
-                self._run_to_end(images)
+                for _ in range(_NUM_WARM_UPS):
+                    self._run_to_end(images)
                 ready.wait()
                 for _ in range(_NUM_RUNS):
                     self._run_to_end(images)
@@ -69,10 +72,8 @@ class Model:
         measured = [threading.Thread(target=work, name=f"warm-up {i}") for i in range(workers)]
         for thread in measured:
             thread.start()
-        try:
+        with suppress(threading.BrokenBarrierError):
             ready.wait()
-        except threading.BrokenBarrierError:
-            pass
         started = time.perf_counter()
         for thread in measured:
             thread.join()
@@ -131,7 +132,7 @@ def choose_plan(model: Model, wish: Wish) -> Plan:
         first = wish.max_batch if wish.max_batch != "auto" else 1
         plan = Plan(workers, threads, first, model.images_per_s(workers, threads, first))
         logger.debug("%s: %s", model.spec.name, plan)
-        if best is None or plan.images_per_s > best.images_per_s:
+        if best is None or plan.images_per_s > best.images_per_s * _WORTH_IT:
             best = plan
     assert best is not None
     if wish.max_batch != "auto":

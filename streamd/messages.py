@@ -1,6 +1,6 @@
 """The data that the stages hand to each other: frozen, with shape, unit and device at each field.
 
-    source -> Packet -> decode -> Frame -> batch -> Batch -> infer -> RawOutput -> postprocess -> Detections -> Result -> publish
+source -> Packet -> decode -> Frame -> batch -> Batch -> infer -> RawOutput -> postprocess -> Detections -> Result -> publish
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Stamp:
 class Packet:
     """One access unit of a stream, still compressed."""
 
-    data: av.Packet
+    data: av.Packet[av.VideoStream]
     stamp: Stamp
     keyframe: bool
 

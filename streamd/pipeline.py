@@ -1,6 +1,6 @@
 """The data path: streams into models into results. The only file that knows all the stages.
 
-    Supervisor threads --Frame--> Batcher --frames--> workers: assemble, run, postprocess --Result--> deliver
+Supervisor threads --Frame--> Batcher --frames--> workers: assemble, run, postprocess --Result--> deliver
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import PRIO_PROCESS, setpriority
@@ -16,16 +16,18 @@ from typing import Any
 
 import torch
 
+from streamd.allocator import keep_freed_memory
 from streamd.batch import Assembler, Batcher
 from streamd.config import Config, ModelConfig, StreamConfig
 from streamd.decode import Choice, choose_decoder
-from streamd.errors import ConfigError
+from streamd.errors import ConfigError, SourceError
 from streamd.in_order import InOrder
 from streamd.infer import Model, Plan, Wish, choose_plan
-from streamd.messages import Batch, Detections, Frame, RawOutput, Result, StageTimes, Status, StreamState
+from streamd.messages import Batch, Frame, RawOutput, Result, StageTimes, Status, StreamState
 from streamd.models import weights
 from streamd.models.spec import ModelSpec, NmsRule
 from streamd.postprocess import postprocess
+from streamd.redact import register_url
 from streamd.sources import Source, SourceOptions, Timeline, open_source
 from streamd.supervisor import Policy, Supervisor
 
@@ -66,6 +68,7 @@ def connector(stream: str, config: StreamConfig) -> Callable[[int], Connection]:
     Raises ConfigError where the wanted decoder cannot work here.
     """
     timeline = Timeline()
+    register_url(config.url.get_secret_value())
     choice = choose_decoder(config.decoder)
     options = SourceOptions(
         url=config.url.get_secret_value(),
@@ -79,6 +82,21 @@ def connector(stream: str, config: StreamConfig) -> Callable[[int], Connection]:
         return Connection(source, choice, stream, first_seq)
 
     return connect
+
+
+def first_frame(stream: str, config: StreamConfig) -> tuple[Frame, str]:
+    """Connect a stream and return its first frame and its decoder. Raises SourceError, or ConfigError."""
+    connection = connector(stream, config)(0)
+    deadline = time.monotonic() + config.open_timeout_s + config.stall_timeout_s
+    try:
+        for frame in connection.frames():
+            if frame is not None and not frame.corrupt:
+                return frame, connection.decoder
+            if time.monotonic() > deadline:
+                raise SourceError("packets come, but no frame that can be decoded", "waiting_keyframe")
+        raise SourceError("holds no frame that can be decoded", permanent=True)
+    finally:
+        connection.close()
 
 
 class Lane:
@@ -161,16 +179,23 @@ class Pipeline:
         on_status: Callable[[Status], None] = lambda status: None,
         on_crash: Callable[[Exception], None] = lambda err: None,
         on_end: Callable[[], None] = lambda: None,
+        *,
+        retry: bool = True,
     ) -> None:
         """Load the models. Raises ModelError or ConfigError.
 
         `deliver` gets each stream's results in order, from worker threads, and must not block for long.
-        `on_crash` hears of an error that is a bug and ends the daemon, `on_end` that the last file came to its end.
+        `on_crash` hears of an error that is a bug and ends the daemon, `on_end` that the last stream ended.
+        Without `retry` a stream that fails ends, and its last status says why.
         """
         self._config = config
         self._on_status = on_status
         self._on_crash = on_crash
         self._on_end = on_end
+        keep_freed_memory()
+        self._retry = retry
+        self._ending = threading.Lock()
+        self._num_ended = 0
         used = dict.fromkeys(config.model_of(stream) for stream in config.streams)
         self.lanes = {name: Lane(name, config.models[name], deliver) for name in used}
         self._workers: list[threading.Thread] = []
@@ -188,9 +213,7 @@ class Pipeline:
     def warm_up(self) -> None:
         """Run each model until its settings are chosen, then start its workers."""
         for lane in self.lanes.values():
-            served = {
-                name: self._config.streams[name] for name, stream in self._streams.items() if stream.lane is lane
-            }
+            served = {name: self._config.streams[name] for name, stream in self._streams.items() if stream.lane is lane}
             plan = lane.plan(served)
             logger.info("model %s: %s on %s: %s", lane.name, lane.spec.name, lane.model.device, plan)
             for index in range(plan.workers):
@@ -200,10 +223,10 @@ class Pipeline:
                 worker.start()
                 self._workers.append(worker)
 
-    def start(self) -> None:
-        """Start the streams."""
-        for stream in self._streams.values():
-            stream.thread.start()
+    def start(self, names: Iterable[str] | None = None) -> None:
+        """Start these streams, each once; all of them by default."""
+        for name in self._streams if names is None else names:
+            self._streams[name].thread.start()
 
     def close_intake(self) -> None:
         """Ask the streams to end and take no more frames; what waits is still processed."""
@@ -231,6 +254,7 @@ class Pipeline:
                 realtime=config.is_file and config.pace == "realtime",
                 loop=config.loop,
                 drop_corrupt=config.corrupt_frames == "drop",
+                retry=self._retry,
                 stall_timeout_s=config.stall_timeout_s,
             ),
             connect=connector(name, config),
@@ -247,8 +271,10 @@ class Pipeline:
         with suppress(OSError):  # not allowed in some containers; then they compete
             setpriority(PRIO_PROCESS, threading.get_native_id(), _DECODER_NICENESS)
         supervisor.run()
-        others = (stream.supervisor.status.state for stream in self._streams.values())
-        if all(state == StreamState.ENDED for state in others):
+        with self._ending:
+            self._num_ended += 1
+            is_last = self._num_ended == len(self._streams)
+        if is_last:
             self._on_end()
 
     def _complete(self, status: Status) -> Status:

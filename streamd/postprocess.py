@@ -27,7 +27,7 @@ def postprocess(
     With `labels` objects of other labels are left out, after they have suppressed their like.
 
     Candidates suppress each other in input pixels, before their boxes are clipped. A box that has no area left
-    within its frame is dropped; so is a candidate whose box is not finite or whose best score is NaN.
+    within its frame is dropped; so is a candidate whose box or best score is not finite.
     """
     table = _select(raw, batch, rule).cpu().numpy()
     detections = []
@@ -52,6 +52,8 @@ def postprocess(
 def _select(raw: RawOutput, batch: Batch, rule: NmsRule) -> Tensor:
     """Return one table [B, max_detections, 8] float32 on the model's device: box in source pixels and the columns."""
     num_images, num_candidates, num_labels = raw.scores.shape
+    if num_candidates == 0:
+        return torch.zeros(num_images, rule.max_detections, _VALID + 1, device=raw.scores.device)
     if rule.multi_label:
         scores = raw.scores.flatten(1)
         labels = torch.arange(num_labels, device=scores.device).expand(num_images, num_candidates, -1).flatten(1)

@@ -12,12 +12,12 @@ MIN_SECRET_LENGTH = 4  # a shorter value would blank out half of every line, and
 
 # Passwords are not always percent-encoded as they should be, so everything up to the last @ of the word is hidden:
 # rather too much than a piece of the password.
-_URL_PASSWORD = re.compile(r"(?P<before>[a-z][a-z0-9+.-]*://[^\s:/@]*:)\S*@", re.IGNORECASE)
+_URL_PASSWORD = re.compile(r"(?P<before>[a-z][a-z0-9+.-]*://[^\s:/]*:)\S*@", re.IGNORECASE)
 _QUERY_PASSWORD = re.compile(
     r"(?P<before>[?&](?:password|passwd|passphrase|pass|pwd|psw|token|secret|api_?key|auth)=)[^&\s\"'<>]+",
     re.IGNORECASE,
 )
-_URL = re.compile(r"^[a-z][a-z0-9+.-]*://(?P<user>[^:/@]*):(?P<password>.*)@", re.IGNORECASE | re.DOTALL)
+_URL = re.compile(r"^[a-z][a-z0-9+.-]*://[^:/]*:(?P<password>.*)@", re.IGNORECASE | re.DOTALL)
 
 _secrets: set[str] = set()
 _secrets_lock = threading.Lock()

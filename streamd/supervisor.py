@@ -38,6 +38,7 @@ class Policy:
     realtime: bool = False  # a file: hand over as its presentation times say
     loop: bool = False  # a file: start again at the end
     drop_corrupt: bool = True
+    retry: bool = True  # False: the first failure ends the stream, in the failure's state
     stall_timeout_s: float = 5.0
 
 
@@ -78,7 +79,7 @@ class Supervisor:
         self._stop.set()
 
     def run(self) -> None:
-        """Be the stream's thread: return when stopped, or at the end of a file."""
+        """Be the stream's thread: return when stopped, at the end of a file, or at a failure that is not retried."""
         while not self._stop.is_set():
             started = time.monotonic()
             try:
@@ -86,6 +87,9 @@ class Supervisor:
                 if not self._policy.loop:
                     break
             except SourceError as err:
+                if not self._policy.retry:
+                    self._enter(StreamState(err.state), str(err))
+                    return
                 if time.monotonic() - started >= _HEALTHY_AFTER_S:
                     self._backoff.reset()
                 self._wait_to_retry(err)
@@ -130,6 +134,7 @@ class Supervisor:
                 return
             if self._thinning.admits(frame) and not self._hand_over(frame):
                 return
+            last_frame_s = time.monotonic()  # a hand-over that waits for the model is no stall of the source
         if self._next_seq == first_of_connection and not self._stop.is_set():
             raise SourceError("holds no frame that can be decoded", permanent=True)
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.redis_server import RedisServer, missing_for_redis
+from streamd.models.weights import export_checkpoint
+from tests.redis_server import RedisServer, running_redis
 from tests.rtsp import RtspServer, encode_clip, is_h264, missing_for_rtsp
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +64,12 @@ def rtsp_server(h264_of: Callable[[Path], Path]) -> Iterator[StartRtsp]:
 @pytest.fixture
 def redis_server() -> Iterator[RedisServer]:
     """Run an empty Redis for the length of one test."""
-    if missing := missing_for_redis():
-        pytest.skip(missing)
-    with RedisServer() as server:
-        yield server
+    yield from running_redis()
+
+
+@pytest.fixture(scope="session")
+def nano_artifact(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Export the reference YOLOX-nano once a session."""
+    out = tmp_path_factory.mktemp("models") / "yolox_nano.pt"
+    export_checkpoint("yolox_nano", shared / "parity/yolox_nano/yolox_nano.pth", out)
+    return out

@@ -1,7 +1,7 @@
 """Make configs/media/pedestrians.mp4 again from OpenCV's sample video.
 
-    apt-get install opencv-doc
-    python -m tests.make_demo_clip /usr/share/doc/opencv-doc/examples/data/vtest.avi
+apt-get install opencv-doc
+python -m tests.make_demo_clip /usr/share/doc/opencv-doc/examples/data/vtest.avi
 """
 
 from __future__ import annotations

@@ -7,7 +7,12 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
+
+import pytest
+import redis
 
 DEADLINE_S = 10.0
 
@@ -24,7 +29,7 @@ class RedisServer:
         self.port = free_port()
         self.password = password
         self._process: subprocess.Popen[bytes] | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="redis-")
+        self._folder: Path | None = None
 
     def __enter__(self) -> RedisServer:
         self.start()
@@ -32,16 +37,26 @@ class RedisServer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.stop()
-        self._folder.cleanup()
 
     @property
     def url(self) -> str:
         login = f":{self.password}@" if self.password else ""
         return f"redis://{login}127.0.0.1:{self.port}/0"
 
+    def client(self) -> redis.Redis:
+        """Connect to it; the caller closes the client."""
+        return redis.Redis(host="127.0.0.1", port=self.port, password=self.password or None)
+
     def start(self) -> None:
         """Start on the same port as before, and return when clients can connect."""
-        options = {"bind": "127.0.0.1", "port": str(self.port), "save": "", "appendonly": "no", "dir": self._folder.name}
+        self._folder = Path(tempfile.mkdtemp(prefix="redis-"))
+        options = {
+            "bind": "127.0.0.1",
+            "port": str(self.port),
+            "save": "",
+            "appendonly": "no",
+            "dir": str(self._folder),
+        }
         if self.password:
             options["requirepass"] = self.password
         command = ["redis-server", *(word for key, value in options.items() for word in (f"--{key}", value))]
@@ -70,6 +85,16 @@ class RedisServer:
         else:
             process.terminate()
         process.wait(DEADLINE_S)
+        if self._folder:
+            shutil.rmtree(self._folder)
+
+
+def running_redis() -> Iterator[RedisServer]:
+    """Yield an empty server and end it afterwards, for fixtures; skip where redis-server is missing."""
+    if missing := missing_for_redis():
+        pytest.skip(missing)
+    with RedisServer() as server:
+        yield server
 
 
 def free_port() -> int:

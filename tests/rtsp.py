@@ -34,7 +34,9 @@ def missing_for_rtsp() -> str:
         return f"{SYSTEM_PYTHON} is missing"
     probe = subprocess.run([SYSTEM_PYTHON, "-c", PROBE], capture_output=True, text=True)
     if probe.returncode != 0:
-        return f"gst-rtsp-server is missing (Debian: python3-gi gir1.2-gst-rtsp-server-1.0): {probe.stderr.strip()[-200:]}"
+        return (
+            f"gst-rtsp-server is missing (Debian: python3-gi gir1.2-gst-rtsp-server-1.0): {probe.stderr.strip()[-200:]}"
+        )
     if names := probe.stdout.strip():
         return f"GStreamer lacks {names} (Debian: gstreamer1.0-plugins-base, -good and -bad)"
     return ""

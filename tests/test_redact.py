@@ -24,6 +24,8 @@ def no_registered_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
         ("rtsp://admin:hunter2@10.0.0.7:554/live", "rtsp://admin:***@10.0.0.7:554/live"),
         ("redis://:hunter2@localhost:6379/0", "redis://:***@localhost:6379/0"),
         ("rtsp://admin:p@ss/w#r?d:x@cam/live", "rtsp://admin:***@cam/live"),
+        ("rtsp://ops@example.org:hunter2@cam/live", "rtsp://ops@example.org:***@cam/live"),
+        ("rtsp://admin:hunter2@[::1]:554/live", "rtsp://admin:***@[::1]:554/live"),
         ("rtsp://admin:p%40ss@cam/live", "rtsp://admin:***@cam/live"),
         ("cannot open 'rtsp://a:b@cam/1': 401; see http://wiki/cams", "cannot open 'rtsp://a:***@cam/1': 401; see http://wiki/cams"),
         ("http://cam/mjpg?user=admin&pwd=hunter2&fps=5", "http://cam/mjpg?user=admin&pwd=***&fps=5"),
@@ -34,7 +36,17 @@ def test_passwords_in_urls_are_hidden(text: str, clean: str) -> None:
     assert redact(text) == clean
 
 
-@pytest.mark.parametrize("text", ["tcp://*:5555", "rtsp://cam:554/live", "mail to ops@example.org: now", "10:30 gate"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tcp://*:5555",
+        "rtsp://cam:554/live",
+        "rtsp://[::1]:554/live",
+        "rtsp://token@cam:554/live",
+        "mail to ops@example.org: now",
+        "10:30 gate",
+    ],
+)
 def test_text_without_a_password_stays(text: str) -> None:
     assert redact(text) == text
 

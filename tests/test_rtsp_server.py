@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import av
 import numpy as np
 import pytest
 from av.container import InputContainer
+from av.video.stream import VideoStream
 
 from tests.conftest import StartRtsp
 from tests.rtsp import encode_clip
@@ -27,13 +28,13 @@ def connect(url: str, transport: str = "tcp", timeout_s: float = DEADLINE_S) -> 
         yield container
 
 
-def capture_time(packet: av.Packet) -> float:
+def capture_time(packet: av.Packet[VideoStream]) -> float:
     """Give the Unix time that FFmpeg worked out from the RTCP sender reports, in seconds."""
     (microseconds,) = struct.unpack_from("<q", bytes(packet.get_sidedata("prft")))
     return float(microseconds) / 1e6
 
 
-def read_packets(container: InputContainer, count: int) -> list[av.Packet]:
+def read_packets(container: InputContainer, count: int) -> list[av.Packet[VideoStream]]:
     return list(islice(container.demux(video=0), count))
 
 
@@ -83,9 +84,9 @@ def test_sender_reports_tell_when_each_picture_was_sent(
     server = rtsp_server({"gate": demo_clip}, log_sent=tmp_path / "sent.jsonl")
     with connect(server.url("gate")) as camera:
         packets = read_packets(camera, 20)
-        opened_at = camera.start_time_realtime / 1e6
+        start_time_us = camera.start_time_realtime
     sent_at = [record["sent_at"] for record in server.sent()]
-    assert abs(opened_at - sent_at[0]) < 0.1
+    assert start_time_us is not None and abs(start_time_us / 1e6 - sent_at[0]) < 0.1
     # FFmpeg gives a picture the time that stands in its own RTP packets, not that of the packet after it.
     errors_s = [capture_time(packet) - sent for packet, sent in zip(packets, sent_at, strict=False)]
     assert max(map(abs, errors_s)) < 0.05, f"capture times are off by {errors_s}"
@@ -133,9 +134,9 @@ def test_a_killed_camera_comes_back_on_the_same_port(rtsp_server: StartRtsp, dem
     with connect(url) as camera:
         read_packets(camera, 2)
         server.kill()
-        with pytest.raises((av.error.FFmpegError, StopIteration)):
-            for _ in range(1000):
-                next(camera.demux(video=0))
+        with suppress(av.error.FFmpegError):  # FFmpeg takes a lost connection for the end, or for an error
+            for _ in camera.demux(video=0):
+                pass
     with pytest.raises(av.error.ConnectionRefusedError), connect(url):
         pass
     server.start()

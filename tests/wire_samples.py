@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco
 
-from streamd.messages import Detections, Frame, Picture, Result, Rle, Stamp, StageTimes, Status, StreamState
+from streamd.messages import Detections, Frame, Picture, Result, Rle, StageTimes, Stamp, Status, StreamState
 from streamd.publish import Outgoing
 from streamd.wire import DetectionsMessage, Format, detections_message, encode, status_message
 

@@ -34,6 +34,8 @@ class SoftwareDecoder:
         self._context.copy_opaque = True  # a frame carries its packet's stamp through reordering
         self._context.options = {"err_detect": "explode"}  # report damage instead of painting over it
         self._time_base = float(video.time_base or 0)
+        self._frame_s = 1 / float(video.average_rate or video.guessed_rate or 25)
+        self._last_pts_s = -self._frame_s
         self._seq = first_seq
         self._damaged = False
 
@@ -51,7 +53,7 @@ class SoftwareDecoder:
     def close(self) -> None:
         """Nothing to do: the context belongs to the source's container."""
 
-    def _frames(self, data: av.Packet | None) -> Iterator[Frame]:
+    def _frames(self, data: av.Packet[av.VideoStream] | None) -> Iterator[Frame]:
         started = time.perf_counter()
         try:
             decoded = self._context.decode(data)
@@ -61,7 +63,7 @@ class SoftwareDecoder:
             return
         decode_ms = (time.perf_counter() - started) * 1e3 / max(1, len(decoded))
         for picture in decoded:
-            yield self._frame(cast(av.VideoFrame, picture), decode_ms)
+            yield self._frame(picture, decode_ms)
 
     def _frame(self, decoded: av.VideoFrame, decode_ms: float) -> Frame:
         packet = cast(Packet, decoded.opaque)
@@ -72,7 +74,7 @@ class SoftwareDecoder:
         frame = Frame(
             stream=self._stream,
             seq=self._seq,
-            pts_s=(decoded.pts or 0) * self._time_base,
+            pts_s=self._pts_s(decoded),
             stamp=packet.stamp,
             decode_ms=decode_ms,
             picture=picture,
@@ -83,6 +85,14 @@ class SoftwareDecoder:
         )
         self._seq += 1
         return frame
+
+    def _pts_s(self, decoded: av.VideoFrame) -> float:
+        """Return the presentation time; a stream without any, such as a bare H.264 file, plays at its frame rate."""
+        if decoded.pts is None:
+            self._last_pts_s += self._frame_s
+        else:
+            self._last_pts_s = decoded.pts * self._time_base
+        return self._last_pts_s
 
 
 def picture_of(decoded: av.VideoFrame) -> Picture:
@@ -108,7 +118,7 @@ def picture_of(decoded: av.VideoFrame) -> Picture:
 
 
 def _plane(plane: av.video.plane.VideoPlane, num_channels: int) -> torch.Tensor:
-    rows = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
+    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, plane.line_size)
     pixels = rows[:, : plane.width * num_channels]
     if num_channels > 1:
         pixels = pixels.reshape(plane.height, plane.width, num_channels)

@@ -108,7 +108,7 @@ class ChannelReader:
         return self._pending.popleft() if self._pending else None
 
     def subscribe(self) -> None:
-        self._pubsub = self._client.pubsub()  # type: ignore[no-untyped-call]
+        self._pubsub = self._client.pubsub()
         names = [channel(self._stream or "*", kind) for kind in self._kinds]
         (self._pubsub.subscribe if self._stream else self._pubsub.psubscribe)(*names)
         num_confirmed = 0

@@ -39,6 +39,9 @@ class Sink(Protocol):
     def open(self) -> None:
         """Set up what needs no far side; raise PublishError on what only the user can mend, such as a taken port."""
 
+    def ping(self) -> None:
+        """Raise PublishError where the far side is away."""
+
     def send(self, messages: Sequence[Outgoing]) -> None:
         """Send all in order; raise PublishError when the far side fails."""
 
@@ -50,9 +53,9 @@ class Publisher:
     """Carry messages to one sink from a thread of its own.
 
     One thread a sink instead of one for all: a Redis that hangs until its time-out must not delay ZeroMQ.
-    A full queue loses its oldest message, since the newest is worth most. A failed batch is tried a second time and
-    then given up, so that no message is tried for ever; a send that failed half-way may thus deliver twice. After a
-    first failure one message at a time is risked until one arrives.
+    A full queue loses its oldest message, since the newest is worth most. A failed batch waits until the sink answers
+    again, is tried once more, and then given up: no message is refused for ever and in front of all others. A send that
+    failed half-way may thus deliver twice.
 
     `on_crash` is called from the thread with an error that is no PublishError, which is a bug: stop the daemon.
     """
@@ -77,7 +80,7 @@ class Publisher:
         self._thread = threading.Thread(target=self._run, name=f"publish {sink.name}")
         self._num_sent = 0
         self._num_dropped = 0
-        self._send_began: float | None = None
+        self._call_began: float | None = None
         self._journal = _Journal(sink.name)
 
     @property
@@ -96,8 +99,8 @@ class Publisher:
 
     @property
     def sending_for_s(self) -> float:
-        """How long the present send has taken, 0 between sends: a watchdog's sign of a thread that is stuck."""
-        began = self._send_began
+        """How long the sink has held the thread, 0 when it does not: a watchdog's sign of a thread that is stuck."""
+        began = self._call_began
         return 0.0 if began is None else self._clock() - began
 
     def start(self) -> None:
@@ -149,31 +152,40 @@ class Publisher:
             self._condition.wait_for(lambda: self._queue or self._stopping.is_set())
             if self._stopping.is_set() and (self._journal.failing or self._clock() >= self._deadline):
                 return []
-            limit = 1 if self._journal.failing else MAX_BATCH
-            return [self._queue.popleft() for _ in range(min(limit, len(self._queue)))]
+            return [self._queue.popleft() for _ in range(min(MAX_BATCH, len(self._queue)))]
 
     def _deliver(self, batch: list[Outgoing]) -> None:
         for _ in range(2):
-            if self._try_send(batch):
+            if self._succeeds(lambda: self._sink.send(batch)):
+                self._num_sent += len(batch)
+                self._backoff.reset()
+                self._journal.sent(self._num_dropped, self._clock())
                 return
-            self._stopping.wait(self._backoff.next_delay_s())
-            if self._clock() >= self._deadline:
+            if not self._wait_for_sink():
                 break
         with self._condition:
             self._num_dropped += len(batch)
 
-    def _try_send(self, batch: list[Outgoing]) -> bool:
-        self._send_began = self._clock()
+    def _wait_for_sink(self) -> bool:
+        """Back off until the sink answers; False when the stop comes first and the sink is still away."""
+        while True:
+            is_stopping = self._stopping.wait(self._backoff.next_delay_s())
+            if self._clock() >= self._deadline:
+                return False
+            if self._succeeds(self._sink.ping):
+                return True
+            if is_stopping:
+                return False
+
+    def _succeeds(self, call: Callable[[], None]) -> bool:
+        self._call_began = self._clock()
         try:
-            self._sink.send(batch)
+            call()
         except PublishError as err:
             self._journal.failed(err, self._num_dropped, self._clock())
             return False
         finally:
-            self._send_began = None
-        self._num_sent += len(batch)
-        self._backoff.reset()
-        self._journal.sent(self._num_dropped, self._clock())
+            self._call_began = None
         return True
 
 

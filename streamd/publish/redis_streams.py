@@ -44,7 +44,6 @@ class RedisSink:
             raise PublishError(f"cannot publish on {redact(self._url)}: {err}") from err
 
     def ping(self) -> None:
-        """Ask Redis for a sign of life; raise PublishError where it gives none."""
         assert self._client is not None, "open() comes first"
         try:
             self._client.ping()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import socket
 from collections.abc import Sequence
 
@@ -52,6 +53,9 @@ class ZeroMqSink:
         if self._bind.startswith("ipc://") and _is_listening(self._bind.removeprefix("ipc://")):
             # libzmq would take the path over and leave the other process without subscribers
             raise PublishError(f"cannot publish on {self._bind}: another process listens there; choose another path")
+        port = re.fullmatch(r"tcp://.*:(\d+)", self._bind)
+        if port and int(port[1]) > 65535:  # libzmq would take the remainder by 65536
+            raise PublishError(f"cannot publish on {self._bind}: ports end at 65535")
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PUB)
         self._socket.setsockopt(zmq.SNDHWM, self._high_water_mark)
@@ -63,6 +67,9 @@ class ZeroMqSink:
         except zmq.ZMQError as err:
             self.close()
             raise PublishError(f"cannot publish on {self._bind}: {_ADVICE.get(err.errno or 0, _FORM)} ({err})") from err
+
+    def ping(self) -> None:
+        """Do nothing: a PUB socket has no far side that could be away."""
 
     def send(self, messages: Sequence[Outgoing]) -> None:
         assert self._socket is not None, "open() comes first"

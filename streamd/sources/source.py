@@ -89,7 +89,7 @@ class Source:
         if not self._options.is_file:
             raise SourceError("the camera closed the connection", "unreachable")
 
-    def _next(self, demuxer: Iterator[av.Packet]) -> av.Packet | None:
+    def _next(self, demuxer: Iterator[av.Packet[av.VideoStream]]) -> av.Packet[av.VideoStream] | None:
         started = time.monotonic()
         try:
             return next(demuxer, None)

@@ -50,7 +50,7 @@ class Timeline:
         return step_s < -_JUMP_BACK_S or step_s > passed_s + _JUMP_AHEAD_S
 
 
-def sender_time(packet: av.Packet) -> float | None:
+def sender_time(packet: av.Packet[av.VideoStream]) -> float | None:
     """Read the capture time that FFmpeg derived from the camera's RTCP sender reports, Unix seconds.
 
     The side data is libavutil's AVProducerReferenceTime: int64 wall clock in microseconds, int flags.

@@ -1,0 +1,1 @@
+"""What is measured, how, and the committed results; benchmarks/README.md explains both."""

@@ -1,0 +1,5 @@
+"""`python -m streamd` is `streamd`."""
+
+from streamd.cli import main
+
+main()

@@ -1,0 +1,44 @@
+"""`streamd check`: do what the daemon does, up to the first frame of each stream."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+from rich.console import Console
+
+from streamd.config import Config
+from streamd.errors import SourceError
+from streamd.pipeline import Pipeline, first_frame
+
+_MAX_AT_ONCE = 16
+
+
+def check(config: Config, console: Console) -> int:
+    """Print one line for each model and stream; return 1 if a stream gives no frame.
+
+    Raises ModelError or ConfigError, as `run` would.
+    """
+    pipeline = Pipeline(config, deliver=lambda result: None)
+    for name, lane in pipeline.lanes.items():
+        spec = lane.spec
+        console.print(
+            f"ok    model {name}: {spec.name}, {spec.task}, {len(spec.labels)} labels, on {lane.model.device}",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
+        )
+    with ThreadPoolExecutor(max_workers=min(_MAX_AT_ONCE, len(config.streams))) as pool:
+        findings = pool.map(lambda name: _check_stream(name, config), config.streams)
+        exit_code = 0
+        for found, line in findings:
+            console.print(line, soft_wrap=True, highlight=False, markup=False)
+            exit_code = exit_code if found else 1
+    return exit_code
+
+
+def _check_stream(name: str, config: Config) -> tuple[bool, str]:
+    try:
+        frame, decoder = first_frame(name, config.streams[name])
+    except SourceError as err:
+        return False, f"FAIL  stream {name}: {err.state}: {err}"
+    return True, f"ok    stream {name}: {frame.width}x{frame.height}, decoder {decoder}"

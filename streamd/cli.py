@@ -1,0 +1,221 @@
+"""The command line. Imports of what is heavy stand inside the commands, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from streamd import __version__
+from streamd.errors import ConfigError, ModelError, PublishError, StreamdError
+
+EXIT_CODES = """
+Exit codes: 0 all went well, 1 something failed while running (systemd restarts the daemon), 2 wrong usage,
+69 a publisher could not be set up (a port is taken), 78 the configuration or a model file is wrong (systemd does not
+restart), 130 interrupted.
+"""
+
+app = typer.Typer(
+    name="streamd",
+    help="Cameras in, detections and masks out, on ZeroMQ and Redis." + "\n\n" + EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+config_app = typer.Typer(help="About configuration files.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(config_app, name="config")
+
+ConfigPath = Annotated[Path, typer.Argument(help="The YAML file.", metavar="CONFIG")]
+LogLevel = Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="How much is logged to stderr.")]
+
+
+def main() -> None:
+    """Run a command and translate errors into exit codes; the message is one plain line or list, never a trace."""
+    try:
+        app()
+    except StreamdError as err:
+        from streamd.redact import redact
+
+        print(f"streamd: {redact(str(err))}", file=sys.stderr)
+        raise SystemExit(exit_code_of(err)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # `streamd watch --json | head` is over
+        sys.stderr.close()
+        raise SystemExit(0) from None
+
+
+def exit_code_of(err: StreamdError) -> int:
+    """Map an error to the documented exit code."""
+    if isinstance(err, ConfigError | ModelError):
+        return 78
+    return 69 if isinstance(err, PublishError) else 1
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"streamd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and leave.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(config: ConfigPath, log_level: LogLevel = "info") -> None:
+    """Run the daemon until SIGTERM or SIGINT.
+
+    Example: streamd run /etc/streamd/streamd.yaml
+    """
+    from streamd import logs
+    from streamd.config_file import load
+
+    logs.set_up(log_level)
+    tree = load(config)
+    from streamd.daemon import Daemon
+
+    raise SystemExit(Daemon(tree).run())
+
+
+@app.command()
+def check(config: ConfigPath, log_level: LogLevel = "error") -> None:
+    """Do what `run` does, up to the first frame of each stream: one line for each model and stream.
+
+    Exits with 78 if the file or a model is wrong, and with 1 if a stream gives no frame.
+
+    Example: streamd check cameras.yaml
+    """
+    from streamd import logs
+    from streamd.config_file import load
+
+    logs.set_up(log_level)
+    tree = load(config)
+    from streamd.check import check as check_config
+
+    raise SystemExit(check_config(tree, Console()))
+
+
+@app.command()
+def watch(
+    stream: Annotated[str | None, typer.Option(help="Only this stream.")] = None,
+    zmq: Annotated[str | None, typer.Option(help="ZeroMQ address [default: tcp://127.0.0.1:5555]")] = None,
+    redis: Annotated[str | None, typer.Option(help="Redis URL instead of ZeroMQ.")] = None,
+    json_lines: Annotated[bool, typer.Option("--json", help="Print each message as a line of JSON.")] = False,
+    seconds: Annotated[float | None, typer.Option(help="Stop after so long.")] = None,
+) -> None:
+    """Subscribe to a running daemon and show what it publishes.
+
+    Example: streamd watch --stream gate --redis redis://localhost:6379
+    """
+    if zmq and redis:
+        raise typer.BadParameter("give --zmq or --redis, not both")
+    from streamd.watch import watch as watch_url
+
+    watch_url(redis or zmq or "tcp://127.0.0.1:5555", stream, json_lines, Console(), seconds)
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="An artifact (.pt), a checkpoint (.pth) or a known name.")],
+    files: Annotated[list[Path], typer.Argument(help="Pictures, videos, or folders of them.")],
+    json_lines: Annotated[bool, typer.Option("--json", help="Print the wire messages as lines of JSON.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write annotated pictures and videos here.")] = None,
+    score_threshold: Annotated[float | None, typer.Option(min=0, max=1, help="Instead of the model's own.")] = None,
+) -> None:
+    """Run a model on pictures and videos, through exactly the daemon's path.
+
+    Example: streamd predict yolox_s holiday.jpg street.mp4 --out annotated
+    """
+    from streamd import logs
+
+    logs.set_up("error")
+    from streamd.predict import predict as predict_files
+
+    raise SystemExit(
+        predict_files(model, files, json_lines=json_lines, out=out, score_threshold=score_threshold, console=Console())
+    )
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Argument(help="An artifact, a checkpoint or a known name.")] = "yolox_nano",
+    seconds: Annotated[float, typer.Option(min=1, help="How long.")] = 30,
+    out: Annotated[Path, typer.Option(help="Where the annotated video and the contact sheet go.")] = Path("demo-out"),
+) -> None:
+    """Run the daemon on a clip as if it were cameras, with a live table, and leave a video and a contact sheet.
+
+    Example: streamd demo yolox_s --seconds 10
+    """
+    from streamd import logs
+
+    logs.set_up("warning")
+    from streamd.demo import demo as run_demo
+
+    raise SystemExit(run_demo(model, seconds=seconds, out=out, console=Console()))
+
+
+@app.command()
+def export(
+    variant: Annotated[str, typer.Argument(help="For example yolox_s; see `streamd export --help`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The artifact to write.")],
+    weights: Annotated[Path | None, typer.Option(help="A checkpoint; the official weights by default.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="A text file, one label a line; COCO's by default.")] = None,
+    prototypes: Annotated[int, typer.Option(min=0, help="Mask prototypes of the checkpoint; 0 for boxes only.")] = 0,
+) -> None:
+    """Turn a checkpoint into a TorchScript artifact that the daemon runs.
+
+    Variants: yolox_nano, yolox_tiny, yolox_s, yolox_m, yolox_l, yolox_x.
+
+    Example: streamd export yolox_s --weights yolox_s.pth -o gate.pt
+    """
+    from streamd.models.weights import export_checkpoint, find
+
+    names = None
+    if labels is not None:
+        try:
+            names = [line.strip() for line in labels.read_text().splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as err:
+            raise ConfigError(f"{labels}: cannot read labels: {err}") from err
+    spec = export_checkpoint(variant, weights or find(variant), out, labels=names, num_prototypes=prototypes)
+    print(
+        f"{out}: {spec.name}, {spec.task}, {len(spec.labels)} labels, input {spec.input_size[1]}x{spec.input_size[0]}"
+    )
+
+
+@app.command()
+def doctor(
+    json_lines: Annotated[bool, typer.Option("--json", help="Print the findings as lines of JSON.")] = False,
+) -> None:
+    """Say what this machine can do, what is missing, and how to get it.
+
+    Example: streamd doctor
+    """
+    from streamd.doctor import doctor as examine
+
+    raise SystemExit(examine(Console(), json_lines=json_lines))
+
+
+@config_app.command()
+def schema() -> None:
+    """Print the JSON Schema of the configuration, for editors.
+
+    Example: streamd config schema > streamd.schema.json
+    """
+    from streamd.config import Config
+
+    print(json.dumps(Config.model_json_schema(), indent=2))
+
+
+if __name__ == "__main__":
+    main()

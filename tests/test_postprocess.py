@@ -1,0 +1,214 @@
+"""From raw output to detections: source pixels, clipping, masks, bounds."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as coco
+from torch import Tensor
+
+from streamd.gpu.reference import paste_prototypes
+from streamd.messages import Batch, Detections, Frame, Picture, RawOutput, Stamp
+from streamd.models.spec import MaskRule, ModelSpec, NmsRule, ResizeRule
+from streamd.postprocess import postprocess
+
+SPEC = ModelSpec(
+    name="any",
+    task="segment",
+    labels=("a", "b", "c"),
+    input_size=(64, 96),
+    colour="rgb",
+    resize=ResizeRule(anchor="center"),
+    masks=MaskRule(threshold=0.5),
+)
+RULE = NmsRule(score_threshold=0.3, iou_threshold=0.5, max_detections=10)
+
+
+def frame(width: int, height: int) -> Frame:
+    return Frame(
+        stream="gate",
+        seq=0,
+        pts_s=0.0,
+        stamp=Stamp(epoch=0, arrived_ns=0, captured_at=0.0, clock="arrival"),
+        decode_ms=0.0,
+        picture=Picture((torch.empty(0, 0, 3, dtype=torch.uint8),), "rgb", "bt601", True, 0),
+        width=width,
+        height=height,
+        keyframe=True,
+        corrupt=False,
+    )
+
+
+def batch_of(*sizes: tuple[int, int], spec: ModelSpec = SPEC) -> Batch:
+    """Make a batch of frames of these (width, height); nobody looks at its images any more."""
+    frames = tuple(frame(width, height) for width, height in sizes)
+    return Batch(frames, torch.empty(0), tuple(spec.letterbox(width, height) for width, height in sizes))
+
+
+def random_output(seed: int, images: int, candidates: int, labels: int = 3) -> RawOutput:
+    rng = torch.Generator().manual_seed(seed)
+    corners = torch.rand(images, candidates, 2, generator=rng) * 120 - 20
+    boxes = torch.cat((corners, corners + torch.rand(images, candidates, 2, generator=rng) * 40 - 2), dim=-1)
+    return RawOutput(
+        boxes,
+        torch.rand(images, candidates, labels, generator=rng),
+        torch.randn(images, 4, 16, 24, generator=rng),
+        torch.randn(images, candidates, 4, generator=rng),
+    )
+
+
+def assert_well_formed(detections: Detections, width: int, height: int, limit: int) -> None:
+    count = len(detections)
+    assert count <= limit
+    assert detections.boxes.shape == (count, 4) and detections.boxes.dtype == np.float32
+    assert detections.scores.shape == (count,) and detections.scores.dtype == np.float32
+    assert detections.labels.shape == (count,) and detections.labels.dtype == np.int64
+    x1, y1, x2, y2 = detections.boxes.T
+    assert ((x1 >= 0) & (x1 < x2) & (x2 <= width) & (y1 >= 0) & (y1 < y2) & (y2 <= height)).all()
+    assert (np.diff(detections.scores) <= 0).all()
+    assert detections.masks is not None and len(detections.masks) == count
+    for mask in detections.masks:
+        assert (mask.height, mask.width) == (height, width)
+
+
+def test_boxes_come_back_to_source_pixels_and_are_clipped_to_the_frame() -> None:
+    batch = batch_of((48, 16))  # scale 2: 96 x 32 input pixels, 16 rows of padding above and below
+    boxes = torch.tensor([[[10.0, 20.0, 30.0, 40.0], [60.0, 0.0, 200.0, 48.0], [0.0, 50.0, 20.0, 60.0]]])
+    scores = torch.tensor([[[0.0, 0.5, 0.1], [0.9, 0.1, 0.1], [0.6, 0.1, 0.1]]])
+    (found,) = postprocess(RawOutput(boxes, scores), batch, SPEC, RULE)
+    # The third box lies in the padding and is dropped.
+    np.testing.assert_array_equal(found.boxes, [[30, 0, 48, 16], [5, 2, 15, 12]])
+    np.testing.assert_array_equal(found.scores, np.array([0.9, 0.5], dtype=np.float32))
+    np.testing.assert_array_equal(found.labels, [0, 1])
+    assert found.masks is None
+
+
+def test_one_candidate_counts_once_per_label_only_with_multi_label() -> None:
+    raw = RawOutput(torch.tensor([[[0.0, 0.0, 9.0, 9.0]]]), torch.tensor([[[0.4, 0.8, 0.2]]]))
+    batch = batch_of((96, 64))
+    (best,) = postprocess(raw, batch, SPEC, RULE)
+    (every,) = postprocess(raw, batch, SPEC, msgspec.structs.replace(RULE, multi_label=True))
+    assert best.labels.tolist() == [1]
+    assert every.labels.tolist() == [1, 0]
+    np.testing.assert_array_equal(every.scores, np.array([0.8, 0.4], dtype=np.float32))
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_masks_belong_to_their_boxes(multi_label: bool) -> None:
+    raw, batch = random_output(1, 2, 40), batch_of((75, 50), (30, 60))
+    rule = msgspec.structs.replace(RULE, multi_label=multi_label, max_detections=40)
+    assert raw.prototypes is not None and raw.coefficients is not None
+    for index, found in enumerate(postprocess(raw, batch, SPEC, rule)):
+        shown, letterbox = batch.frames[index], batch.letterboxes[index]
+        assert_well_formed(found, shown.width, shown.height, rule.max_detections)
+        assert found.masks and len(found) > 1
+        for box, score, label, mask in zip(found.boxes, found.scores, found.labels, found.masks, strict=True):
+            candidate = int((raw.scores[index, :, label] == float(score)).nonzero()[0, 0])
+            (bits,) = paste_prototypes(
+                raw.prototypes[index],
+                raw.coefficients[index, candidate, None],
+                torch.from_numpy(box[None]),
+                letterbox,
+                shown.width,
+                shown.height,
+                SPEC.input_size,
+                0.5,
+            )
+            expected = np.zeros((shown.height, shown.width), dtype=np.uint8, order="F")
+            rows, columns = bits.bits.shape
+            expected[bits.y0 : bits.y0 + rows, bits.x0 : bits.x0 + columns] = bits.bits.numpy()
+            assert mask.counts == coco.encode(expected)["counts"]
+
+
+def test_an_image_gives_the_same_alone_and_in_a_batch() -> None:
+    raw, sizes = random_output(2, 3, 60), [(75, 50), (30, 60), (200, 10)]
+    together = postprocess(raw, batch_of(*sizes), SPEC, RULE)
+    for index, (size, found) in enumerate(zip(sizes, together, strict=True)):
+        part = slice(index, index + 1)
+        assert raw.prototypes is not None and raw.coefficients is not None
+        alone = RawOutput(raw.boxes[part], raw.scores[part], raw.prototypes[part], raw.coefficients[part])
+        (expected,) = postprocess(alone, batch_of(size), SPEC, RULE)
+        np.testing.assert_array_equal(found.boxes, expected.boxes)
+        assert found.masks is not None and expected.masks is not None
+        assert [mask.counts for mask in found.masks] == [mask.counts for mask in expected.masks]
+
+
+def spoil(tensor: Tensor | None, rng: np.random.Generator) -> None:
+    assert tensor is not None
+    hit = torch.from_numpy(rng.random(tensor.shape) < 0.05)
+    values = rng.choice([np.nan, np.inf, -np.inf, 1e30, -1e30, 0.0], int(hit.sum()))
+    tensor[hit] = torch.tensor(values, dtype=torch.float32)
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(seed=st.integers(0, 2**32 - 1), candidates=st.sampled_from([0, 1, 50]), multi_label=st.booleans())
+def test_whatever_the_model_says_the_output_is_well_formed(seed: int, candidates: int, multi_label: bool) -> None:
+    raw, rng = random_output(seed, 2, candidates), np.random.default_rng(seed)
+    for tensor in (raw.boxes, raw.scores, raw.prototypes, raw.coefficients):
+        spoil(tensor, rng)
+    rule = msgspec.structs.replace(RULE, multi_label=multi_label)
+    sizes = [(75, 50), (30, 60)]
+    for found, size in zip(postprocess(raw, batch_of(*sizes), SPEC, rule), sizes, strict=True):
+        assert_well_formed(found, *size, rule.max_detections)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0])
+def test_output_of_one_senseless_value_is_no_detection(value: float) -> None:
+    raw = RawOutput(torch.full((1, 20, 4), value), torch.full((1, 20, 3), 0.9))
+    (found,) = postprocess(raw, batch_of((96, 64)), SPEC, RULE)
+    assert len(found) == 0 and found.boxes.shape == (0, 4)
+
+
+def test_ten_thousand_candidates_give_no_more_than_the_rule_allows() -> None:
+    raw = random_output(3, 1, 10_000)
+    (found,) = postprocess(raw, batch_of((75, 50)), SPEC, msgspec.structs.replace(RULE, score_threshold=0.0))
+    assert_well_formed(found, 75, 50, RULE.max_detections)
+    assert len(found) > 1
+
+
+def test_half_precision_output_is_understood() -> None:
+    raw = RawOutput(
+        torch.tensor([[[10.0, 20.0, 30.0, 40.0]]]).half(),
+        torch.tensor([[[0.5, 0.1, 0.1]]]).half(),
+        torch.ones(1, 2, 16, 24).half(),
+        torch.ones(1, 1, 2).half(),
+    )
+    (found,) = postprocess(raw, batch_of((96, 64)), SPEC, RULE)
+    np.testing.assert_array_equal(found.boxes, [[10, 20, 30, 40]])
+    assert found.masks is not None
+    assert coco.area({"size": [64, 96], "counts": found.masks[0].counts}) == 400
+
+
+def yolox_decoded(raw: np.ndarray) -> RawOutput:
+    """Decode a raw YOLOX head [1, 3549, 85] as the README beside it says."""
+    cells, strides = [], []
+    for stride, size in ((8, 52), (16, 26), (32, 13)):
+        rows, columns = np.divmod(np.arange(size * size), size)
+        cells.append(np.stack((columns, rows), axis=-1))
+        strides.append(np.full((size * size, 1), stride))
+    cell, stride_of = np.concatenate(cells), np.concatenate(strides)
+    centre, half = (raw[..., :2] + cell) * stride_of, np.exp(raw[..., 2:4]) * stride_of / 2
+    boxes = torch.from_numpy(np.concatenate((centre - half, centre + half), axis=-1)).float()
+    return RawOutput(boxes, torch.from_numpy(raw[..., 4:5] * raw[..., 5:]))
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_raw_yolox_output_gives_the_reference_detections(shared: Path, index: int) -> None:
+    reference = np.load(shared / "parity" / "yolox_nano" / "io.npz")
+    height, width, _ = reference[f"image{index}"].shape
+    spec = ModelSpec(
+        name="yolox_nano", task="detect", labels=tuple(map(str, range(80))), input_size=(416, 416), colour="bgr"
+    )
+    raw = yolox_decoded(reference[f"raw{index}"])
+    (found,) = postprocess(raw, batch_of((width, height), spec=spec), spec, NmsRule())
+    np.testing.assert_array_equal(found.labels, reference[f"out{index}_classes"])
+    np.testing.assert_allclose(found.scores, reference[f"out{index}_scores"], atol=1e-5)
+    clipped = reference[f"out{index}_boxes"].clip(0, [width, height, width, height])
+    np.testing.assert_allclose(found.boxes, clipped, atol=0.05)
