@@ -1,6 +1,6 @@
 """How many images a second the model alone does, with nothing around it: the yardstick of the machine's noise.
 
-    python -m benchmarks.bare yolox_nano        prints one line of JSON
+python -m benchmarks.bare yolox_nano        prints one line of JSON
 """
 
 from __future__ import annotations

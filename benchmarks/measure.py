@@ -53,6 +53,13 @@ def read_cpu(pid: int) -> Cpu:
     return Cpu(total_s, dict(threads_s))
 
 
+def machine_busy_s() -> float:
+    """Read how long the cores have been busy with anything, or kept away by the hypervisor, in CPU seconds."""
+    # proc(5): user, nice, system, idle, iowait, irq, softirq, steal; guest time is in user already
+    user, nice, system, _idle, _iowait, *rest = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9])
+    return (user + nice + system + sum(rest)) * _TICK_S
+
+
 def thread_name(task: Path) -> str:
     """Read the name of the thread whose folder under /proc/PID/task this is."""
     return (task / "comm").read_text().strip()

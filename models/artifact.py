@@ -79,10 +79,13 @@ def read_spec(path: Path) -> ModelSpec:
     return spec
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> tuple[torch.jit.ScriptModule, ModelSpec]:
+def load(
+    path: Path, device: torch.device | str = "cpu", *, optimized: bool = False
+) -> tuple[torch.jit.ScriptModule, ModelSpec]:
     """Load a model onto `device` and check one forward pass against its spec; any thread may call.
 
-    Raises ModelError if the file is missing, damaged or foreign, or does not do what its spec says.
+    `optimized` gives what `optimize` makes of it, and the pass is then the first of its warm-up. Raises ModelError if
+    the file is missing, damaged or foreign, or does not do what its spec says.
     """
     spec = read_spec(path)
     try:
@@ -90,6 +93,9 @@ def load(path: Path, device: torch.device | str = "cpu") -> tuple[torch.jit.Scri
     except (RuntimeError, AssertionError) as err:  # a torch that was built without CUDA asserts
         raise ModelError(f"{path}: cannot be loaded onto the device {device}: {_last_line(err)}") from err
     module = _load_module(path, device)
+    if optimized:
+        module = optimize(module)
+        images = images.contiguous(memory_format=torch.channels_last)
     try:
         with torch.inference_mode():
             output = module(images)

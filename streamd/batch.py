@@ -29,6 +29,12 @@ class _Mailbox:
     lossless: bool
     frames: deque[Frame] = field(default_factory=deque)
     num_dropped: int = 0
+    removed: bool = False
+
+    @property
+    def is_full(self) -> bool:
+        """Tell whether another frame would have to wait, or to replace one."""
+        return len(self.frames) >= (_FAST_QUEUE_FRAMES if self.lossless else 1)
 
 
 class Batcher:
@@ -47,72 +53,85 @@ class Batcher:
         """`on_take` sees each batch's frames before any other thread can take the next."""
         self._on_take = on_take
         self._clock = clock
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._frame_came = threading.Condition(self._lock)
+        self._room_came = threading.Condition(self._lock)
         self._mailboxes: OrderedDict[str, _Mailbox] = OrderedDict()  # served longest ago first
         self._closed = False
 
     def add(self, stream: str, *, lossless: bool = False) -> None:
         """Make room for a stream, before its first frame."""
-        with self._changed:
+        with self._lock:
             self._mailboxes[stream] = _Mailbox(lossless)
 
     def remove(self, stream: str) -> None:
         """Forget a stream and what waits of it."""
-        with self._changed:
-            self._mailboxes.pop(stream, None)
-            self._changed.notify_all()
+        with self._lock:
+            mailbox = self._mailboxes.pop(stream, None)
+            if mailbox:
+                mailbox.removed = True
+            self._room_came.notify_all()
 
     def num_dropped(self, stream: str) -> int:
         """Count the frames of a stream that a newer one replaced."""
-        with self._changed:
+        with self._lock:
             mailbox = self._mailboxes.get(stream)
             return mailbox.num_dropped if mailbox else 0
 
     def offer(self, frame: Frame) -> bool:
         """Hand over a decoded frame; False when the batcher is closed or the stream was removed."""
-        with self._changed:
+        with self._lock:
             mailbox = self._mailboxes.get(frame.stream)
-            if mailbox is not None and mailbox.lossless:
-                self._changed.wait_for(lambda: self._closed or len(mailbox.frames) < _FAST_QUEUE_FRAMES)
-            if self._closed or self._mailboxes.get(frame.stream) is not mailbox or mailbox is None:
+            if mailbox is None:
                 return False
-            if not mailbox.lossless and mailbox.frames:
+            if mailbox.lossless:
+                self._room_came.wait_for(lambda: not mailbox.is_full or self._closed or mailbox.removed)
+            if self._closed or mailbox.removed:
+                return False
+            if mailbox.is_full:
                 mailbox.frames.clear()
                 mailbox.num_dropped += 1
             mailbox.frames.append(frame)
-            self._changed.notify_all() if mailbox.lossless else self._changed.notify()
+            self._frame_came.notify()
             return True
 
     def take(self, max_batch: int, max_wait_s: float = 0.0) -> list[Frame]:
         """Wait for frames, then at most `max_wait_s` longer for a full batch. Empty: closed, and nothing is left."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._num_ready(1) > 0)
-            if max_wait_s > 0:
-                deadline = self._clock() + max_wait_s
-                while self._num_ready(max_batch) < max_batch and not self._closed:
-                    left_s = deadline - self._clock()
-                    if left_s <= 0:
-                        break
-                    self._changed.wait(left_s)
-            frames = self._pick(max_batch)
-            if frames:
-                self._on_take(frames)
-                self._changed.notify_all()  # a file's thread may wait for room
-            return frames
+        with self._lock:
+            while True:
+                self._frame_came.wait_for(lambda: self._closed or self._is_ready(1))
+                self._wait_for_more(max_batch, self._clock() + max_wait_s)
+                frames = self._pick(max_batch)
+                if frames:
+                    self._on_take(frames)
+                    self._room_came.notify_all()
+                if frames or self._closed:
+                    return frames
+                # Another worker took what was there while this one waited for more.
 
     def close(self) -> None:
         """Take no more frames; what waits is still handed out."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            self._frame_came.notify_all()
+            self._room_came.notify_all()
 
-    def _num_ready(self, enough: int) -> int:
-        count = 0
+    def _wait_for_more(self, max_batch: int, deadline: float) -> None:
+        while not self._closed and not self._is_ready(max_batch):
+            left_s = deadline - self._clock()
+            if left_s <= 0:
+                return
+            self._frame_came.wait(left_s)
+
+    def _is_ready(self, num_frames: int) -> bool:
+        """Tell whether so many frames wait, or so many that more would only replace them."""
+        num_waiting, all_full = 0, True
         for mailbox in self._mailboxes.values():
-            count += len(mailbox.frames)
-            if count >= enough:
-                break
-        return count
+            num_waiting += len(mailbox.frames)
+            all_full &= mailbox.is_full
+            if num_waiting >= num_frames:
+                return True
+        return num_waiting > 0 and all_full
 
     def _pick(self, max_batch: int) -> list[Frame]:
         """Take one frame of each stream in turn, the longest unserved first, until the batch is full."""

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
@@ -17,12 +17,18 @@ from streamd.errors import ConfigError
 from streamd.redact import redact, register_secret, register_url
 from streamd.yaml_tree import Place, YamlTree
 
-Problem = tuple[Place, str]  # where, and a sentence for the operator
-
 _SUBSTITUTION = re.compile(r"\$\$|\$\{([^}]*)(\}?)")
 _MAX_BYTES = 4 << 20
 _MAX_SECRET_BYTES = 64 << 10
 _MAX_SHOWN = 80  # characters of a wrong value
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong with the file."""
+
+    place: Place
+    sentence: str  # for the operator
+    key: str | None = None  # the key at `place` that the sentence is about, where it is not the place itself
 
 
 def load(path: Path) -> Config:
@@ -38,7 +44,7 @@ def parse(text: str, path: Path) -> Config:
     """Like `load`, from text; `path` is for messages and for relative paths."""
     problems: list[Problem] = []
     try:
-        tree = YamlTree(text, complain=lambda place, sentence: problems.append((place, sentence)))
+        tree = YamlTree(text, complain=lambda place, sentence: problems.append(Problem(place, sentence)))
     except ConfigError as err:
         raise ConfigError(f"{path}: {err}") from err
     written = tree.root
@@ -48,8 +54,8 @@ def parse(text: str, path: Path) -> Config:
     try:
         config = Config.model_validate(merged)
     except ValidationError as err:
-        unread = {place for place, _ in problems}
-        problems += [problem for problem in _explain(err, written) if problem[0] not in unread]
+        unread = {problem.place for problem in problems}
+        problems += [problem for problem in _explain(err, written) if problem.place not in unread]
     if config is None or problems:
         raise _config_error(path, tree, problems)
     config = _with_absolute_paths(config, path.parent)
@@ -61,10 +67,11 @@ def parse(text: str, path: Path) -> Config:
 def _config_error(path: Path, tree: YamlTree, problems: Sequence[Problem]) -> ConfigError:
     """Say everything that is wrong with the file, by line; what came from `defaults:` is said once, there."""
     found = set()
-    for place, sentence in problems:
-        place = _as_written(place, tree.root)
-        line, name = tree.line_of(place), ".".join(map(str, place)) or "the file"
-        found.add((line, f"line {line}: {redact(name)}: {redact(sentence)}"))
+    for problem in problems:
+        place = _as_written(problem.place, tree.root)
+        line = tree.line_of(place if problem.key is None else (*place, problem.key))
+        name = ".".join(map(str, place)) or "the file"
+        found.add((line, f"line {line}: {redact(name)}: {redact(problem.sentence)}"))
     count = "1 error" if len(found) == 1 else f"{len(found)} errors"
     return ConfigError(f"{path}: {count}\n" + "\n".join(f"  {sentence}" for _, sentence in sorted(found)))
 
@@ -107,7 +114,7 @@ def _substitute(value: Any, place: Place, folder: Path, problems: list[Problem])
                 raise ConfigError("'${' without its '}'; write $${ for a plain '${'")
             secret = _look_up(match[1], folder)
         except ConfigError as err:
-            problems.append((place, str(err)))
+            problems.append(Problem(place, str(err)))
             return match[0]
         register_secret(secret)
         return secret
@@ -135,22 +142,25 @@ def _look_up(name: str, folder: Path) -> str:
 
 def _explain(err: ValidationError, written: Any) -> Iterator[Problem]:
     """Turn pydantic's errors into places and sentences for the operator."""
-    choices: dict[Place, list[str]] = {}  # what a union's members say about the same value
+    choices: dict[Place, list[str]] = {}  # what the members of a union say about one value
     for detail in err.errors(include_url=False):
         place, kind = detail["loc"], detail["type"]
         if kind == "extra_forbidden":
-            yield place[:-1], f"unknown key '{place[-1]}' ({_nearest(str(place[-1]), _known_keys(place[:-1]))})"
+            section, key = place[:-1], str(place[-1])
+            yield Problem(section, f"unknown key '{key}' ({_nearest(key, _known_keys(section))})", key)
         elif kind == "missing":
-            yield place[:-1], f"'{place[-1]}' is missing"
+            yield Problem(place[:-1], f"'{place[-1]}' is missing")
         elif place[-1:] == ("[key]",):
-            allowed = "a name holds 1 to 64 letters, digits, '_', '.' and '-', and begins with a letter or digit"
-            yield place[:-1], allowed
+            rule = "a name holds 1 to 64 letters, digits, '_', '.' and '-', and begins with a letter or digit"
+            yield Problem(place[:-1], rule)
+        elif kind == "value_error":  # of a URL, which may hold a password
+            yield Problem(place, _sentence(detail))
         else:
             place = _without_union_member(place)
             choices.setdefault(place, []).append(_sentence(detail))
     for place, sentences in choices.items():
         got = _value_at(written, _as_written(place, written))  # before substitution, so that no secret is shown
-        yield place, " or ".join(sentences) + _shown(got)
+        yield Problem(place, " or ".join(sentences).replace(" or should be ", " or ") + _shown(got))
 
 
 def _sentence(detail: ErrorDetails) -> str:
@@ -217,15 +227,17 @@ def _cross_checks(written: Any, merged: Any) -> Iterator[Problem]:
             continue
         model, url = stream.get("model"), stream.get("url")
         if model is None and len(models) > 1:
-            yield ("streams", name), f"'model' is missing; choose one of {', '.join(models)}"
+            yield Problem(("streams", name), f"'model' is missing; choose one of {', '.join(models)}")
         elif isinstance(model, str) and model not in models:
-            yield ("streams", name, "model"), f"no model '{model}' under models: ({_nearest(model, list(models))})"
+            place = ("streams", name, "model")
+            shown = _value_at(written, _as_written(place, written))  # before substitution
+            yield Problem(place, f"no model '{shown}' under models: ({_nearest(shown, list(models))})")
         if isinstance(url, str) and not is_file_url(url):
             own = written["streams"][name]  # `defaults:` may say it for the files among the streams
             if own.get("loop") is True:
-                yield ("streams", name, "loop"), "only a file can start again at its end"
+                yield Problem(("streams", name, "loop"), "only a file can start again at its end")
             if own.get("pace") == "fast":
-                yield ("streams", name, "pace"), "only a file can be read faster than real time"
+                yield Problem(("streams", name, "pace"), "only a file can be read faster than real time")
 
 
 def _with_absolute_paths(config: Config, folder: Path) -> Config:

@@ -13,7 +13,7 @@ import av
 import av.error
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from streamd.errors import OutputError
 from streamd.gpu.reference import preprocess
@@ -30,9 +30,14 @@ _X264 = {
     # Without the tags players guess the colour matrix from the size.
     "x264-params": "log-level=none:colorprim=bt709:transfer=bt709:colormatrix=bt709",
 }
-# By class: first come, first strong. Bright, because cameras look at grass, asphalt and brick.
-_PALETTE = ("#ffb000", "#00d0ff", "#8cff66", "#ff6fae", "#c9a6ff", "#fff066", "#4de8c2", "#ff8a4c")
+# By class. Bright, because cameras look at grass, asphalt and brick.
+_PALETTE = ("#00b0ff", "#ffb000", "#8cff66", "#ff6fae", "#c9a6ff", "#fff066", "#4de8c2", "#ff8a4c")
 _GAP_PX = 4  # between the tiles of a contact sheet
+
+
+def load_library() -> None:
+    """Import supervision now, which takes about a second, instead of at the first picture."""
+    import supervision  # noqa: F401
 
 
 def to_rgb(picture: Picture) -> np.ndarray:
@@ -51,9 +56,9 @@ def annotate(picture: np.ndarray, message: DetectionsMessage) -> np.ndarray:
     import supervision as sv
 
     found = message.to_supervision()
-    drawn = picture.copy()
     if not len(found):
-        return drawn
+        return picture.copy()
+    drawn = picture[..., ::-1].copy()  # supervision's colours are for OpenCV's order
     size = min(picture.shape[:2])
     palette = sv.ColorPalette.from_hex(list(_PALETTE))
     if found.mask is not None:
@@ -66,12 +71,24 @@ def annotate(picture: np.ndarray, message: DetectionsMessage) -> np.ndarray:
         text_padding=max(2, round(size / 250)),
         smart_position=True,
     )
-    return labels.annotate(drawn, found, [_title(one) for one in message.objects])
+    drawn = labels.annotate(drawn, found, [_title(one) for one in message.objects])
+    return np.ascontiguousarray(drawn[..., ::-1])
 
 
 def _title(found: DetectedObject) -> str:
     name = found.label if found.id is None else f"{found.label} #{found.id}"
     return f"{name} {found.score:.2f}"
+
+
+def caption(picture: np.ndarray, text: str) -> np.ndarray:
+    """Return a copy of a uint8 RGB picture with a line of text on its lower edge."""
+    image = Image.fromarray(picture)
+    size = max(10, round(min(image.size) / 24))
+    pen = ImageDraw.Draw(image)
+    pen.rectangle((0, image.height - 1.6 * size, image.width, image.height), fill="#101418")
+    middle = image.height - 0.8 * size
+    pen.text((0.6 * size, middle), text, fill="#ffffff", font=ImageFont.load_default(size), anchor="lm")
+    return np.asarray(image)
 
 
 def contact_sheet(pictures: Sequence[np.ndarray], columns: int, width: int) -> np.ndarray:

@@ -33,8 +33,7 @@ class Model:
     def __init__(self, path: Path, device: str = "auto") -> None:
         """Load and optimise the artifact. Raises ModelError; ConfigError where there is no such device."""
         self.device = _device(device)
-        module, self.spec = artifact.load(path, self.device)
-        self._module = artifact.optimize(module)
+        self._module, self.spec = artifact.load(path, self.device, optimized=True)
         self.path = path
 
     def run(self, batch: Batch) -> RawOutput:

@@ -30,6 +30,7 @@ from streamd.postprocess import postprocess
 from streamd.redact import register_url
 from streamd.sources import Source, SourceOptions, Timeline, open_source
 from streamd.supervisor import Policy, Supervisor
+from streamd.thread_names import name_thread
 
 logger = logging.getLogger(__name__)
 
@@ -284,6 +285,7 @@ class Pipeline:
 
     def _guarded(self, target: Callable[[Any], None], argument: Any) -> None:
         """Be the top of a thread: what nobody expected ends the daemon, with a trace, instead of one thread."""
+        name_thread(threading.current_thread().name)
         try:
             target(argument)
         except Exception as err:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from streamd.backoff import Backoff
@@ -15,7 +16,10 @@ from streamd.messages import Frame, Status, StreamState
 
 logger = logging.getLogger(__name__)
 
-_HEALTHY_AFTER_S = 30.0  # a connection that lasted so long makes the next failure the first again
+Clock = Callable[[], float]  # seconds, monotonic
+Wait = Callable[[threading.Event, float], bool]  # wait for the event so many seconds; True if it came
+
+_HEALTHY_AFTER_S = 30.0  # a connection that delivered for so long makes the next failure the first again
 
 
 class Connection(Protocol):
@@ -53,6 +57,8 @@ class Supervisor:
         hand_over: Callable[[Frame], bool],
         on_status: Callable[[Status], None],
         backoff: Backoff | None = None,
+        clock: Clock = time.monotonic,
+        wait: Wait = threading.Event.wait,
     ) -> None:
         """`connect` takes the first frame's seq; `hand_over` returns False when nobody wants frames any more."""
         self.stream = stream
@@ -61,10 +67,13 @@ class Supervisor:
         self._hand_over = hand_over
         self._on_status = on_status
         self._backoff = backoff or Backoff()
+        self._clock = clock
+        self._wait = wait
         self._stop = threading.Event()
         self._next_seq = 0
         self._thinning = _Thinning(policy.fps)
         self._num_connections = 0
+        self._running_since_s = math.inf  # of this connection
         self._num_skipped_late = 0
         self._num_corrupt = 0
         self._status = Status(stream, StreamState.CONNECTING, "", "", time.time(), None, 0, 0, 0, 0)
@@ -81,7 +90,6 @@ class Supervisor:
     def run(self) -> None:
         """Be the stream's thread: return when stopped, at the end of a file, or at a failure that is not retried."""
         while not self._stop.is_set():
-            started = time.monotonic()
             try:
                 self._run_connection()
                 if not self._policy.loop:
@@ -90,13 +98,14 @@ class Supervisor:
                 if not self._policy.retry:
                     self._enter(StreamState(err.state), str(err))
                     return
-                if time.monotonic() - started >= _HEALTHY_AFTER_S:
+                if self._clock() - self._running_since_s >= _HEALTHY_AFTER_S:
                     self._backoff.reset()
                 self._wait_to_retry(err)
         self._enter(StreamState.ENDED, "stopped" if self._stop.is_set() else "the file came to its end")
 
     def _run_connection(self) -> None:
         """Connect and read until the end of a file. Raises SourceError."""
+        self._running_since_s = math.inf
         self._enter(StreamState.CONNECTING)
         connection = self._connect(self._next_seq)
         try:
@@ -107,14 +116,13 @@ class Supervisor:
             connection.close()
 
     def _read(self, connection: Connection) -> None:
-        last_frame_s = time.monotonic()
-        first_of_connection = self._next_seq
-        pace = _Pace() if self._policy.realtime else None
+        last_frame_s = self._clock()
+        pace = _Pace(self._clock, self._wait) if self._policy.realtime else None
         last: Frame | None = None
         for frame in connection.frames():
             if self._stop.is_set():
                 return
-            now = time.monotonic()
+            now = self._clock()
             if frame is None:
                 if last is not None and now - last_frame_s > self._policy.stall_timeout_s:
                     raise SourceError(f"packets come, but no frame for {now - last_frame_s:.1f} s", "stalled")
@@ -128,20 +136,26 @@ class Supervisor:
                 self._num_skipped_late += 1  # a repeated or backward presentation time
                 continue
             if last is None:
+                self._running_since_s = now
                 self._enter(StreamState.RUNNING)
             last = frame
-            if pace and pace.wait_for(frame, self._stop):
-                return
+            if pace:
+                if pace.wait_for(frame, self._stop):
+                    return
+                frame = _arriving_now(frame)
             if self._thinning.admits(frame) and not self._hand_over(frame):
+                self._stop.set()
                 return
-            last_frame_s = time.monotonic()  # a hand-over that waits for the model is no stall of the source
-        if self._next_seq == first_of_connection and not self._stop.is_set():
+            last_frame_s = self._clock()  # a hand-over that waits for the model is no stall of the source
+        if last is None and not self._stop.is_set():
             raise SourceError("holds no frame that can be decoded", permanent=True)
+        if pace:
+            pace.wait_for_end(self._stop)
 
     def _wait_to_retry(self, err: SourceError) -> None:
         delay_s = self._backoff.ceiling_s if err.permanent else self._backoff.next_delay_s()
         self._enter(StreamState(err.state), str(err), retry_in_s=delay_s)
-        self._stop.wait(delay_s)
+        self._wait(self._stop, delay_s)
 
     def _enter(
         self, state: StreamState, reason: str = "", *, decoder: str | None = None, retry_in_s: float | None = None
@@ -172,6 +186,16 @@ class Supervisor:
         )
 
 
+def _arriving_now(frame: Frame) -> Frame:
+    """Stamp a frame that was held back as if its packet had only just come, so that latencies are a camera's."""
+    stamp = replace(
+        frame.stamp,
+        arrived_ns=time.monotonic_ns() - round(frame.decode_ms * 1e6),
+        captured_at=time.time() - frame.decode_ms / 1e3,
+    )
+    return replace(frame, stamp=stamp)
+
+
 class _Thinning:
     """Let at most `fps` frames a second pass, evenly, on the stream's own clock."""
 
@@ -187,21 +211,32 @@ class _Thinning:
             self._epoch, self._due_s = frame.stamp.epoch, frame.pts_s
         if frame.pts_s < self._due_s - self._interval_s * 0.05:  # cameras' time stamps jitter
             return False
-        # Keep in step, so that 25 frames/s thin out to an even 10; after a gap do not catch up.
-        self._due_s = max(self._due_s + self._interval_s, frame.pts_s + self._interval_s / 2)
+        self._due_s += self._interval_s  # keep in step, so that 25 frames/s thin out to an even 10
+        if self._due_s <= frame.pts_s:
+            self._due_s = frame.pts_s + self._interval_s  # after a gap do not catch up
         return True
 
 
 class _Pace:
     """Hold a file's frames back until their presentation time, as a camera would."""
 
-    def __init__(self) -> None:
-        self._zero_s: float | None = None  # monotonic time of pts 0
-        self._epoch = -1
+    def __init__(self, clock: Clock, wait: Wait) -> None:
+        self._clock = clock
+        self._wait = wait
+        self._last: Frame | None = None
+        self._zero_s = 0.0  # monotonic time of pts 0
+        self._step_s = 0.04  # between the last two frames; a picture file has but one
 
     def wait_for(self, frame: Frame, stop: threading.Event) -> bool:
         """Wait until the frame is due; True when asked to stop."""
-        now = time.monotonic()
-        if self._zero_s is None or frame.stamp.epoch != self._epoch:
-            self._zero_s, self._epoch = now - frame.pts_s, frame.stamp.epoch
-        return stop.wait(max(0.0, self._zero_s + frame.pts_s - now))
+        now = self._clock()
+        if self._last is None or frame.stamp.epoch != self._last.stamp.epoch:
+            self._zero_s = now - frame.pts_s
+        else:
+            self._step_s = frame.pts_s - self._last.pts_s
+        self._last = frame
+        return self._wait(stop, max(0.0, self._zero_s + frame.pts_s - now))
+
+    def wait_for_end(self, stop: threading.Event) -> None:
+        """Wait for as long as the last frame is shown, so that a file that loops keeps its pace."""
+        self._wait(stop, self._step_s)

@@ -67,10 +67,12 @@ class YamlTree:
             if key_node.tag == _MERGE_TAG:
                 continue
             line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
-                self._complain(place, f"a list or map is no key (line {line}); quote it if it is text")
+            if not isinstance(key_node, yaml.ScalarNode) or not key_node.value.isprintable():
+                self._complain(
+                    place, f"a list, map or control character is no key (line {line}); quote it if it is text"
+                )
                 continue
-            key = _checked(key_node.value)  # as written: a stream may be called 1, no or 2026-01-31
+            key = key_node.value  # as written: a stream may be called 1, no or 2026-01-31
             self.lines[*place, key] = line
             if key in own:
                 self._complain((*place, key), "stands twice; a name may be used once")

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from streamd.models import artifact
+from streamd.models.spec import ModelSpec
 from streamd.models.weights import export_checkpoint
+from streamd.models.yolox import yolox_nano
 from tests.redis_server import RedisServer, running_redis
 from tests.rtsp import RtspServer, encode_clip, is_h264, missing_for_rtsp
 
@@ -72,4 +75,13 @@ def nano_artifact(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """Export the reference YOLOX-nano once a session."""
     out = tmp_path_factory.mktemp("models") / "yolox_nano.pt"
     export_checkpoint("yolox_nano", shared / "parity/yolox_nano/yolox_nano.pth", out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def untrained_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Export a small network that has learned nothing: fast, and there wherever the tests run."""
+    out = tmp_path_factory.mktemp("models") / "untrained.pt"
+    spec = ModelSpec(name="untrained", task="detect", labels=("a", "b", "c"), input_size=(64, 96), colour="bgr")
+    artifact.export(yolox_nano(3, input_size=spec.input_size), spec, out)
     return out

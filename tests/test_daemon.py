@@ -114,7 +114,7 @@ def test_two_cameras_reach_both_subscribers_with_the_right_content(
         assert [m.seq for m in messages] == list(range(messages[0].seq, messages[0].seq + len(messages)))
         assert all((m.width, m.height) == (width, height) for m in messages)
         assert all(later.pts > earlier.pts for earlier, later in pairwise(messages))
-        assert all(m.clock == "sender" for m in messages), "the RTSP server sends RTCP sender reports"
+        assert all(m.clock == "sender" for m in messages[1:]), "the RTSP server sends RTCP sender reports"
         assert all(abs(time.time() - m.captured_at_s) < 120 for m in messages)
         for found in (found for m in messages for found in m.objects):
             x1, y1, x2, y2 = found.box

@@ -11,7 +11,7 @@ import av.error
 import numpy as np
 import torch
 
-from streamd.messages import Frame, Packet, Picture
+from streamd.messages import Frame, Packet, Picture, Stamp
 
 _PLANAR_YUV = frozenset(
     f"yuv{full}{chroma}p" for full in ("", "j") for chroma in ("410", "411", "420", "422", "440", "444")
@@ -44,7 +44,8 @@ class SoftwareDecoder:
             self._damaged = packet.data.is_corrupt
         elif packet.data.is_corrupt:
             self._damaged = True
-        packet.data.opaque = packet
+        # Not the packet itself: Python's collector does not see FFmpeg's references, so the ring would never be freed.
+        packet.data.opaque = (packet.stamp, self._damaged)
         return self._frames(packet.data)
 
     def flush(self) -> Iterator[Frame]:
@@ -66,7 +67,7 @@ class SoftwareDecoder:
             yield self._frame(picture, decode_ms)
 
     def _frame(self, decoded: av.VideoFrame, decode_ms: float) -> Frame:
-        packet = cast(Packet, decoded.opaque)
+        stamp, damaged = cast(tuple[Stamp, bool], decoded.opaque)
         picture = picture_of(decoded)
         height, width = picture.planes[0].shape[:2]
         if picture.rotation in (90, 270):
@@ -75,13 +76,13 @@ class SoftwareDecoder:
             stream=self._stream,
             seq=self._seq,
             pts_s=self._pts_s(decoded),
-            stamp=packet.stamp,
+            stamp=stamp,
             decode_ms=decode_ms,
             picture=picture,
             width=width,
             height=height,
             keyframe=bool(decoded.key_frame),
-            corrupt=self._damaged or decoded.is_corrupt,
+            corrupt=damaged or decoded.is_corrupt,
         )
         self._seq += 1
         return frame
@@ -90,9 +91,12 @@ class SoftwareDecoder:
         """Return the presentation time; a stream without any, such as a bare H.264 file, plays at its frame rate."""
         if decoded.pts is None:
             self._last_pts_s += self._frame_s
-        else:
-            self._last_pts_s = decoded.pts * self._time_base
-        return self._last_pts_s
+            return self._last_pts_s
+        pts_s = decoded.pts * self._time_base
+        if pts_s <= self._last_pts_s and decoded.dts is not None and decoded.dts * self._time_base > self._last_pts_s:
+            pts_s = decoded.dts * self._time_base  # AVI stores no presentation times, and FFmpeg guesses badly
+        self._last_pts_s = pts_s
+        return pts_s
 
 
 def picture_of(decoded: av.VideoFrame) -> Picture:

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from streamd.backoff import Backoff
 from streamd.errors import PublishError
+from streamd.thread_names import name_thread
 from streamd.wire import Kind
 
 logger = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ class Publisher:
             logger.warning("%s: still sending after %.1f s; it ends by its own time-out", self._sink.name, deadline_s)
 
     def _run(self) -> None:
+        name_thread(self._thread.name)
         try:
             while batch := self._take():
                 self._deliver(batch)

@@ -55,6 +55,9 @@ def open_source(options: SourceOptions, timeline: Timeline) -> Source:
         )
     except (av.error.FFmpegError, OSError, ValueError) as err:
         raise _open_error(err, options, time.monotonic() - started) from None  # its text repeats the URL
+    if container.format.name == "tty":  # FFmpeg would type any .txt out as a film
+        container.close()
+        raise SourceError("a text file, not a video or picture", permanent=True)
     if not container.streams.video:
         container.close()
         raise SourceError("opened, but it holds no video stream", permanent=options.is_file)
@@ -120,8 +123,10 @@ def _arguments(options: SourceOptions) -> tuple[str, str | None, dict[str, str]]
 
 def _open_error(err: Exception, options: SourceOptions, waited_s: float) -> SourceError:
     """Name what went wrong in the operator's terms; the library's own text repeats the URL with its password."""
-    if isinstance(err, av.error.HTTPUnauthorizedError | av.error.HTTPForbiddenError):
+    if isinstance(err, av.error.HTTPUnauthorizedError):
         return SourceError("the camera refuses the user name or password (401)", "unauthorized", permanent=True)
+    if isinstance(err, av.error.HTTPForbiddenError):
+        return SourceError("the camera allows this user no access to the path (403)", "unauthorized", permanent=True)
     if isinstance(err, av.error.HTTPNotFoundError):
         return SourceError("the camera has no such path (404); check the end of the URL", "not_found", permanent=True)
     if options.is_file or options.scheme == "v4l2":

@@ -39,7 +39,8 @@ class Timeline:
             if self._last_pts_s is not None and self._jumped(pts_s, arrived_ns):
                 self.connect()
             self._last_pts_s, self._last_arrived_ns = pts_s, arrived_ns
-        if sender_at is not None and sender_at >= _EARLIEST_SENDER_TIME:
+        # The first packet after connecting has no presentation time, and may carry the next one's sender time.
+        if sender_at is not None and sender_at >= _EARLIEST_SENDER_TIME and pts_s is not None:
             return Stamp(self.epoch, arrived_ns, sender_at, "sender")
         return Stamp(self.epoch, arrived_ns, arrived_at, "arrival")
 

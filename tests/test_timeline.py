@@ -1,0 +1,98 @@
+"""A packet's capture time is the sender's where there is one, and an epoch ends where times cannot be compared."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import pytest
+
+from streamd.messages import Stamp
+from streamd.sources.timeline import Timeline, sender_time
+
+NOW = 1769853600.0  # 2026-01-31
+
+
+def stamp(timeline: Timeline, pts_s: float | None, at_s: float, sender_at: float | None = None) -> Stamp:
+    """Stamp a packet that came `at_s` seconds after the begin."""
+    return timeline.stamp(pts_s, arrived_ns=round(at_s * 1e9), arrived_at=NOW + at_s, sender_at=sender_at)
+
+
+@pytest.fixture
+def timeline() -> Timeline:
+    timeline = Timeline()
+    timeline.connect()
+    return timeline
+
+
+def test_without_a_sender_report_a_picture_was_taken_when_it_came(timeline: Timeline) -> None:
+    assert stamp(timeline, 0.0, 2.5) == Stamp(0, 2_500_000_000, NOW + 2.5, "arrival")
+
+
+def test_the_sender_s_clock_is_used_where_it_is_known(timeline: Timeline) -> None:
+    assert stamp(timeline, 0.0, 2.5, NOW - 0.2) == Stamp(0, 2_500_000_000, NOW - 0.2, "sender")
+
+
+@pytest.mark.parametrize("never_set", [0.0, -2208988800.0, 946_684_799.0])
+def test_a_camera_whose_clock_was_never_set_is_not_believed(timeline: Timeline, never_set: float) -> None:
+    assert stamp(timeline, 0.0, 1.0, never_set).clock == "arrival"
+
+
+def test_each_connection_is_an_epoch_of_its_own(timeline: Timeline) -> None:
+    first = stamp(timeline, 100.0, 0.0)
+    timeline.connect()
+    assert (first.epoch, stamp(timeline, 100.04, 0.04).epoch) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("pts_s", "at_s", "is_new"),
+    [
+        (100.04, 0.04, False),
+        (99.96, 0.04, False),  # a B-frame
+        (99.0, 0.04, False),
+        (98.9, 0.04, True),  # the camera began anew
+        (0.0, 0.04, True),
+        (109.9, 0.04, False),
+        (110.1, 0.04, True),  # its clock was set
+        (130.0, 30.0, False),  # half a minute of silence
+        (145.0, 30.0, True),
+    ],
+)
+def test_an_epoch_ends_when_the_camera_s_clock_jumps(
+    timeline: Timeline, pts_s: float, at_s: float, is_new: bool
+) -> None:
+    stamp(timeline, 100.0, 0.0)
+    assert stamp(timeline, pts_s, at_s).epoch == int(is_new)
+
+
+def test_a_file_that_is_read_faster_than_real_time_has_one_epoch(timeline: Timeline) -> None:
+    assert {stamp(timeline, index / 25, index / 1000).epoch for index in range(1000)} == {0}
+
+
+def test_after_a_jump_times_are_compared_with_the_new_ones(timeline: Timeline) -> None:
+    times = [100.0, 0.0, 0.04, 0.08]
+    assert [stamp(timeline, pts_s, index / 25).epoch for index, pts_s in enumerate(times)] == [0, 1, 1, 1]
+
+
+def test_a_packet_without_a_time_changes_nothing(timeline: Timeline) -> None:
+    assert [stamp(timeline, pts_s, index / 25).epoch for index, pts_s in enumerate([100.0, None, 100.08])] == [0] * 3
+
+
+@dataclass
+class PacketWithReport:
+    """As av.Packet, with the side data that FFmpeg attaches after an RTCP sender report."""
+
+    content: bytes | None
+
+    def has_sidedata(self, kind: str) -> bool:
+        return kind == "prft" and self.content is not None
+
+    def get_sidedata(self, kind: str) -> bytes:
+        assert self.content is not None
+        return self.content
+
+
+def test_the_sender_s_time_is_read_from_the_packet() -> None:
+    report = struct.pack("<qi4x", 1_769_853_600_123_456, 1)
+    assert sender_time(PacketWithReport(report)) == 1769853600.123456  # type: ignore[arg-type]
+    assert sender_time(PacketWithReport(None)) is None  # type: ignore[arg-type]
