@@ -185,7 +185,7 @@ def _stages(scale: Scale) -> tuple[str, list[str], list[list[str]]]:
 
 
 def _frozen(runs: Sequence[Frozen]) -> tuple[str, list[str], list[list[str]]]:
-    header = ["", "others before", "during", "after, frames/s", "longest silence, s", "back after, s"]
+    header = ["", "before", "during", "after", "longest silence, s", "frozen one back after, s"]
     rows = [
         [
             run.reader,
@@ -195,7 +195,8 @@ def _frozen(runs: Sequence[Frozen]) -> tuple[str, list[str], list[list[str]]]:
         ]
         for run in runs
     ]
-    return f"One of {runs[0].num_streams} cameras frozen for {runs[0].phase_s:.0f} s", header, rows
+    title = f"One of {runs[0].num_streams} cameras frozen for {runs[0].phase_s:.0f} s: frames/s of the others together"
+    return title, header, rows
 
 
 def _span(values: Sequence[float], form: str) -> str:

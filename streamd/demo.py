@@ -213,11 +213,12 @@ def draw_files(recording: Recording, out: Path) -> tuple[Path, Path]:
     with VideoWriter(video) as writer:
         for frame in clip_frames():
             pts_s = round(frame.pts_s, 6)  # as in the messages
+            seen = {name: one.by_pts[pts_s] for name, one in recording.streams.items() if pts_s in one.by_pts}
+            wanted = {name: message for name, message in seen.items() if name == _FIRST or pts_s in chosen[name]}
+            if not wanted:
+                continue
             picture = to_rgb(frame.picture)
-            for name, one in recording.streams.items():
-                message = one.by_pts.get(pts_s)
-                if message is None or (name != _FIRST and pts_s not in chosen[name]):
-                    continue
+            for name, message in wanted.items():
                 drawn = annotate(picture, message)
                 if name == _FIRST:
                     writer.write(drawn, pts_s)

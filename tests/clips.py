@@ -46,6 +46,7 @@ def write_clip(
         stream.time_base = Fraction(1, fps)
         if codec.startswith("libx264"):
             stream.gop_size, stream.max_b_frames = gop, b_frames
+            stream.options |= {"sc_threshold": "0"}  # key frames by the GOP alone
         for index in range(num_frames):
             frame = av.VideoFrame.from_ndarray(drawing(index, size), format="rgb24")
             encode_frame(output, stream, frame, index, fps)

@@ -8,7 +8,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import pytest
 from rich.console import Console
 
 from streamd.predict import predict
@@ -50,19 +49,19 @@ def average_precision_50(detections: list[tuple[int, float, list[float]]], truth
 
 
 def test_persons_in_the_reference_video_are_found_with_an_ap50_of_090(
-    shared: Path, nano_artifact: Path, capsys: pytest.CaptureFixture[str]
+    shared: Path, nano_artifact: Path
 ) -> None:
-    console = Console(file=io.StringIO())
+    output = io.StringIO()
     code = predict(
         str(nano_artifact),
         [shared / "videos/vtest.avi"],
         json_lines=True,
         out=None,
         score_threshold=0.01,
-        console=console,
+        console=Console(file=output),
     )
     assert code == 0
-    messages = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    messages = [json.loads(line) for line in output.getvalue().splitlines()]
     assert [message["seq"] for message in messages] == list(range(795))
     truth = load_ground_truth(shared / "data/pets09_s2l1/gt.txt")
     sampled = {frame: truth[frame] for frame in range(1, 796, EVERY) if frame in truth}

@@ -33,7 +33,8 @@ def test_the_demo_shows_what_arrives_and_leaves_a_video_and_a_contact_sheet(
     with av.open(str(tmp_path / "out" / "annotated.mp4")) as container:
         num_frames = sum(1 for _ in container.decode(video=0))
     assert 5 <= num_frames <= 60, "the clip's 10 frames a second for about 2 s"
-    assert Image.open(tmp_path / "out" / "contact-sheet.png").width == 1440
+    with Image.open(tmp_path / "out" / "contact-sheet.png") as sheet:
+        assert sheet.width == 1440
 
 
 def test_ctrl_c_ends_early_and_still_leaves_the_files(untrained_artifact: Path, tmp_path: Path) -> None:

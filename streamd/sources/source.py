@@ -135,6 +135,8 @@ def _open_error(err: Exception, options: SourceOptions, waited_s: float) -> Sour
         return SourceError(f"no answer within {options.open_timeout_s:g} s", "unreachable")
     if isinstance(err, av.error.ConnectionRefusedError):
         return SourceError("the connection was refused; is the camera's port right?", "unreachable")
+    if isinstance(err, EOFError):
+        return SourceError("closed the connection before it sent anything", "unreachable")
     if isinstance(err, av.error.InvalidDataError):
         return SourceError("answered with something that is not video", "failed")
     if isinstance(err, OSError):
@@ -149,6 +151,8 @@ def _file_error(err: Exception) -> SourceError:
         return SourceError("no permission to read the file or device", "failed", permanent=True)
     if isinstance(err, av.error.InvalidDataError):
         return SourceError("not a video or picture that FFmpeg can read", "failed", permanent=True)
+    if isinstance(err, EOFError):
+        return SourceError("the file ends before its first frame", "failed", permanent=True)
     return SourceError(f"cannot be opened: {_reason(err)}", "failed", permanent=True)
 
 
