@@ -100,7 +100,7 @@ class Detector:
             resized = cv2.resize(image, (int(image.shape[1] * scale), int(image.shape[0] * scale)))
             slot[: resized.shape[0], : resized.shape[1]] = resized
             scales.append(scale)
-        # A view and a conversion: the memory stays channels-last, with which this model is a quarter faster.
+        # A view and a conversion, so the memory stays channels-last, in which convolutions are faster on a CPU.
         return torch.from_numpy(batch).permute(0, 3, 1, 2).float(), scales
 
     def objects(self, boxes: torch.Tensor, scores: torch.Tensor, scale: float) -> list[dict[str, Any]]:

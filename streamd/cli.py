@@ -37,7 +37,7 @@ LogLevel = Annotated[Literal["debug", "info", "warning", "error"], typer.Option(
 def main() -> None:
     """Run a command and translate errors into exit codes; the message is one plain line or list, never a trace."""
     try:
-        app()
+        app(prog_name="streamd")
     except StreamdError as err:
         from streamd.redact import redact
 

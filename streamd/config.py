@@ -9,11 +9,13 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic.config import JsonDict
 
 from streamd.redact import redact
 
 Auto = Literal["auto"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+_NO_OTHER_NAMES: JsonDict = {"additionalProperties": False}  # or editors would accept what is no Name
 SCHEMES = ("rtsp", "rtsps", "http", "https", "file", "v4l2")
 
 
@@ -116,7 +118,7 @@ class PublishConfig(_Section):
     format: Literal["json", "msgpack"] = Field("json", description="How messages are encoded.")
     queue_size: int = Field(1000, ge=1, description="Messages kept for a publisher that is down or slow.")
     zeromq: ZeroMqConfig | None = Field(ZeroMqConfig(), description="null switches it off.")
-    redis: RedisConfig | None = None
+    redis: RedisConfig | None = Field(None, description="Redis pub/sub and Streams; off by default.")
 
 
 class MetricsConfig(_Section):
@@ -129,8 +131,12 @@ class Config(_Section):
     """The whole file."""
 
     defaults: StreamDefaults = Field(StreamDefaults(), description="For every stream.")
-    models: dict[Name, ModelConfig] = Field(min_length=1, description="The models, by name.")
-    streams: dict[Name, StreamConfig] = Field(min_length=1, description="The cameras, by name.")
+    models: dict[Name, ModelConfig] = Field(
+        min_length=1, description="The models, by name.", json_schema_extra=_NO_OTHER_NAMES
+    )
+    streams: dict[Name, StreamConfig] = Field(
+        min_length=1, description="The cameras, by name.", json_schema_extra=_NO_OTHER_NAMES
+    )
     publish: PublishConfig = PublishConfig()
     metrics: MetricsConfig = MetricsConfig()
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,7 @@ _BATCH_LADDER = (2, 4, 8, 16, 32)
 _WORTH_IT = 1.1  # what comes later in the candidates adds latency or barriers, so it must add this much throughput
 _NUM_WARM_UPS = 3  # TorchScript specialises a graph during its first runs
 _NUM_RUNS = 4
+_OUTPUTS = tuple(output.name for output in fields(RawOutput))
 Auto = Literal["auto"]
 
 
@@ -43,7 +44,8 @@ class Model:
     def _forward(self, images: torch.Tensor) -> RawOutput:
         try:
             with torch.inference_mode():
-                return RawOutput(**self._module(images))
+                output = self._module(images)
+            return RawOutput(**{name: output[name] for name in _OUTPUTS if name in output})
         except RuntimeError as err:
             raise ModelError(f"{self.path}: forward failed on images of shape {list(images.shape)}: {err}") from err
 
@@ -54,7 +56,7 @@ class Model:
             memory_format=torch.channels_last
         )
         ready = threading.Barrier(workers + 1)
-        failures: list[Exception] = []
+        failures: list[Exception] = []  # in a thread of its own, none may be lost
 
         def work() -> None:
             torch.set_num_threads(threads)
@@ -64,7 +66,9 @@ class Model:
                 ready.wait()
                 for _ in range(_NUM_RUNS):
                     self._run_to_end(images)
-            except (ModelError, threading.BrokenBarrierError) as err:
+            except threading.BrokenBarrierError:
+                pass  # another worker failed
+            except Exception as err:
                 failures.append(err)
                 ready.abort()
 
@@ -76,9 +80,8 @@ class Model:
         started = time.perf_counter()
         for thread in measured:
             thread.join()
-        for failure in failures:
-            if isinstance(failure, ModelError):
-                raise failure
+        if failures:
+            raise failures[0]
         return workers * batch * _NUM_RUNS / (time.perf_counter() - started)
 
     def _run_to_end(self, images: torch.Tensor) -> None:
@@ -112,6 +115,10 @@ class Plan:
         """How long one full batch takes while all workers are busy."""
         return self.workers * self.max_batch / self.images_per_s * 1e3
 
+    def fits(self, budget_ms: float) -> bool:
+        """Tell whether a frame that comes just after a batch began is done within the budget."""
+        return 2 * self.batch_ms <= budget_ms
+
     def __str__(self) -> str:
         return (
             f"{self.workers} worker(s) of {self.threads} thread(s), batches of up to {self.max_batch}, "
@@ -123,15 +130,14 @@ def choose_plan(model: Model, wish: Wish) -> Plan:
     """Measure the candidates on the idle machine and take the fastest whose batch fits the latency budget.
 
     Several one-thread workers usually beat one worker of several threads on a CPU: they have no barrier at which a
-    decoder's preemption of one thread stops the others. A batch may take half of the budget, since a frame can come
-    just after a batch began.
+    decoder's preemption of one thread stops the others. Where nothing fits the budget, the shortest batch is taken.
     """
     best: Plan | None = None
     for workers, threads in _layouts(model, wish):
         first = wish.max_batch if wish.max_batch != "auto" else 1
         plan = Plan(workers, threads, first, model.images_per_s(workers, threads, first))
         logger.debug("%s: %s", model.spec.name, plan)
-        if best is None or plan.images_per_s > best.images_per_s * _WORTH_IT:
+        if best is None or _is_better(plan, best, wish.budget_ms):
             best = plan
     assert best is not None
     if wish.max_batch != "auto":
@@ -141,10 +147,18 @@ def choose_plan(model: Model, wish: Wish) -> Plan:
             break
         larger = Plan(best.workers, best.threads, size, model.images_per_s(best.workers, best.threads, size))
         logger.debug("%s: %s", model.spec.name, larger)
-        if larger.batch_ms > wish.budget_ms / 2 or larger.images_per_s < best.images_per_s * _WORTH_IT:
+        if not larger.fits(wish.budget_ms) or larger.images_per_s < best.images_per_s * _WORTH_IT:
             break
         best = larger
     return best
+
+
+def _is_better(plan: Plan, best: Plan, budget_ms: float) -> bool:
+    if plan.fits(budget_ms) != best.fits(budget_ms):
+        return plan.fits(budget_ms)
+    if not plan.fits(budget_ms):
+        return plan.batch_ms < best.batch_ms
+    return plan.images_per_s > best.images_per_s * _WORTH_IT
 
 
 def _layouts(model: Model, wish: Wish) -> Sequence[tuple[int, int]]:

@@ -1,6 +1,6 @@
 """The data that the stages hand to each other: frozen, with shape, unit and device at each field.
 
-source -> Packet -> decode -> Frame -> batch -> Batch -> infer -> RawOutput -> postprocess -> Detections -> Result -> publish
+source -> Packet -> decode -> Frame -> batch -> Batch -> infer -> RawOutput -> postprocess -> Result -> publish
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class Packet:
     data: av.Packet[av.VideoStream]
     stamp: Stamp
     keyframe: bool
+    corrupt: bool  # the transport saw damage
 
 
 @dataclass(frozen=True, slots=True, eq=False)

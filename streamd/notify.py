@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 
+_TIMEOUT_S = 0.5  # a manager that does not read must not stop the service
+
 
 class Notifier:
     """Send state lines to the service manager; silent where there is none."""
@@ -14,11 +16,12 @@ class Notifier:
         self._address = os.environ.get("NOTIFY_SOCKET", "") if address is None else address
 
     def send(self, *lines: str) -> None:
-        """Send for example "READY=1" and "STATUS=..." as one message; a manager that is gone is not an error."""
+        """Send for example "READY=1" and "STATUS=..." as one message; a manager that is gone or stuck is no error."""
         if not self._address:
             return
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+            sock.settimeout(_TIMEOUT_S)
             try:
                 sock.connect(address)
                 sock.sendall("\n".join(lines).encode())

@@ -48,9 +48,7 @@ def average_precision_50(detections: list[tuple[int, float, list[float]]], truth
     return float(np.sum(np.diff(recall, prepend=0.0) * envelope))
 
 
-def test_persons_in_the_reference_video_are_found_with_an_ap50_of_090(
-    shared: Path, nano_artifact: Path
-) -> None:
+def test_persons_in_the_reference_video_are_found_with_an_ap50_of_090(shared: Path, nano_artifact: Path) -> None:
     output = io.StringIO()
     code = predict(
         str(nano_artifact),

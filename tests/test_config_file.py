@@ -188,16 +188,16 @@ def test_an_error_in_a_merged_map_names_the_line_where_it_is_written() -> None:
 
 
 def test_relative_paths_begin_at_the_file_s_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/op")
+    monkeypatch.setenv("HOME", "/srv/op")
     text = """\
         models: {a: {path: m.pt}, b: {path: sub/m}, c: {path: yolox_s}, d: {path: ~/m.pt}, e: {path: /m.pth}}
         streams: {s: {url: clip.mp4, model: a}, t: {url: "file:///clip.mp4", model: a}, u: {url: ~/c.mp4, model: a}}
         """
     config = config_of(text, tmp_path / "streamd.yaml")
     paths = [model.path for model in config.models.values()]
-    assert paths == [f"{tmp_path}/m.pt", f"{tmp_path}/sub/m", "yolox_s", "/home/op/m.pt", "/m.pth"]
+    assert paths == [f"{tmp_path}/m.pt", f"{tmp_path}/sub/m", "yolox_s", "/srv/op/m.pt", "/m.pth"]
     urls = [stream.url.get_secret_value() for stream in config.streams.values()]
-    assert urls == [f"{tmp_path}/clip.mp4", "file:///clip.mp4", "/home/op/c.mp4"]
+    assert urls == [f"{tmp_path}/clip.mp4", "file:///clip.mp4", "/srv/op/c.mp4"]
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,11 @@ SCALE = 416 / 768  # of the demo's clip
 class TwoSquares(nn.Module):
     """See a person and a dog at fixed places of the input; the mask of each is its part left of x = 148."""
 
+    boxes: Tensor
+    scores: Tensor
+    prototypes: Tensor
+    coefficients: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("boxes", torch.tensor([[[100.0, 100, 200, 200], [120.0, 220, 180, 280]]]))

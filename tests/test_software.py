@@ -322,7 +322,7 @@ def test_with_b_frames_the_mark_stays_with_the_damaged_group(tmp_path: Path) -> 
 
 def test_packets_that_the_transport_marked_make_corrupt_frames(tmp_path: Path) -> None:
     source, packets = read(write_clip(tmp_path / "clip.mp4", 15, gop=5))
-    packets[7].data.is_corrupt = True
+    packets[7] = replace(packets[7], corrupt=True)
     with closing(source):
         frames = list(decode_all(source, packets))
     assert [frame.seq for frame in frames if frame.corrupt] == [7, 8, 9]

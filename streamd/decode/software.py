@@ -41,8 +41,8 @@ class SoftwareDecoder:
 
     def decode(self, packet: Packet) -> Iterator[Frame]:
         if packet.keyframe:
-            self._damaged = packet.data.is_corrupt
-        elif packet.data.is_corrupt:
+            self._damaged = packet.corrupt
+        elif packet.corrupt:
             self._damaged = True
         # Not the packet itself: Python's collector does not see FFmpeg's references, so the ring would never be freed.
         packet.data.opaque = (packet.stamp, self._damaged)

@@ -5,20 +5,24 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import cast
 from urllib.parse import urlsplit
 
 import av
 import av.error
 
 from streamd.errors import SourceError
-from streamd.messages import Packet
+from streamd.messages import Packet, Stamp
+from streamd.sources.access_units import AccessUnits, Codec
 from streamd.sources.timeline import Timeline, sender_time
 
 _RTSP_OPTIONS = {
     "allowed_media_types": "video",  # audio and metadata tracks are neither received nor parsed
     "probesize": "32",  # stop probing at once: the SDP names the codec, and the decoder reads the rest in band
     "analyzeduration": "0",
+    "fflags": "+noparse+nofillin",  # give the pieces as they come; see access_units.py
 }
+_NOPARSE, _NOFILLIN = 0x20, 0x10  # AVFMT_FLAG_...
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,25 +76,53 @@ class Source:
         self._options = options
         self._timeline = timeline
         self.video = container.streams.video[0]
+        codec = self.video.codec_context.name
+        self._joins = options.scheme in ("rtsp", "rtsps") and codec in ("h264", "hevc")
+        if not self._joins:
+            container.flags &= ~(_NOPARSE | _NOFILLIN)
         timeline.connect()
 
     def packets(self) -> Iterator[Packet]:
         """Yield each access unit as it comes; ends with the file. A camera never ends: SourceError."""
-        time_base = float(self.video.time_base or 0)
-        demuxer = self._container.demux(self.video)
-        while (data := self._next(demuxer)) is not None:
-            if data.size == 0:
-                continue
-            ticks = data.pts if data.pts is not None else data.dts
-            stamp = self._timeline.stamp(
-                pts_s=None if ticks is None else ticks * time_base,
-                arrived_ns=time.monotonic_ns(),
-                arrived_at=time.time(),
-                sender_at=sender_time(data),
-            )
-            yield Packet(data, stamp, data.is_keyframe)
+        yield from self._joined() if self._joins else self._whole()
         if not self._options.is_file:
             raise SourceError("the camera closed the connection", "unreachable")
+
+    def _whole(self) -> Iterator[Packet]:
+        """Yield what FFmpeg's parser or container gives."""
+        for data in self._pieces():
+            ticks = data.pts if data.pts is not None else data.dts
+            yield Packet(data, self._stamp(ticks, sender_time(data)), data.is_keyframe, data.is_corrupt)
+
+    def _joined(self) -> Iterator[Packet]:
+        """Join RTP payloads into access units."""
+        units = AccessUnits(cast(Codec, self.video.codec_context.name))
+        last_unit_s = time.monotonic()
+        for piece in self._pieces():
+            sender_at = sender_time(piece) if piece.pts != units.pts else None
+            for unit in units.feed(bytes(piece), piece.pts, sender_at):
+                last_unit_s = time.monotonic()
+                data: av.Packet[av.VideoStream] = av.Packet(unit.data)
+                data.pts = unit.pts
+                if self.video.time_base is not None:
+                    data.time_base = self.video.time_base
+                yield Packet(data, self._stamp(unit.pts, unit.sender_at), unit.keyframe, unit.corrupt)
+            if time.monotonic() - last_unit_s > self._options.read_timeout_s:
+                raise SourceError("packets trickle in, but make no picture", "stalled")
+
+    def _stamp(self, ticks: int | None, sender_at: float | None) -> Stamp:
+        return self._timeline.stamp(
+            pts_s=None if ticks is None else ticks * float(self.video.time_base or 0),
+            arrived_ns=time.monotonic_ns(),
+            arrived_at=time.time(),
+            sender_at=sender_at,
+        )
+
+    def _pieces(self) -> Iterator[av.Packet[av.VideoStream]]:
+        demuxer = self._container.demux(self.video)
+        while (data := self._next(demuxer)) is not None:
+            if data.size:
+                yield data
 
     def _next(self, demuxer: Iterator[av.Packet[av.VideoStream]]) -> av.Packet[av.VideoStream] | None:
         started = time.monotonic()

@@ -1,0 +1,149 @@
+"""Join what FFmpeg's RTP demuxer gives for H.264 and H.265 into access units, without waiting for the next picture.
+
+FFmpeg's own parser knows that a picture is whole only when the next one begins: one frame time of latency, 40 ms at
+25 frames/s. RTP marks a picture's last packet, but the demuxer hides the mark. It still gives one piece for each RTP
+packet, and that is enough: a unit that was fragmented (RFC 6184 and 7798, FU) ends with a piece that is shorter than
+the others, and a camera cuts every picture into the same number of slices. Both are learnt and checked on each
+connection before they are relied on, and given up when they fail; the next picture's time stamp then ends a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+START_CODE = b"\0\0\0\1"
+_NUM_TO_LEARN = 25  # pictures in a row that the rule must have ended right before it is relied on
+_MAX_MISTAKES = 3  # in a connection, before the rule is given up for good
+_MAX_BYTES = 16 << 20  # of one picture: a camera that never ends one must not fill the memory
+
+Codec = Literal["h264", "hevc"]
+
+
+@dataclass(frozen=True, slots=True)
+class AccessUnit:
+    """One picture, still compressed."""
+
+    data: bytes  # Annex B: each NAL unit begins with a start code
+    pts: int | None  # in the stream's time base
+    keyframe: bool
+    sender_at: float | None  # Unix seconds, by the camera's clock
+    corrupt: bool  # a part of it is missing
+
+
+@dataclass(slots=True)
+class _Picture:
+    """What has come of one picture."""
+
+    pts: int | None = None
+    sender_at: float | None = None
+    pieces: list[bytes] = field(default_factory=list)
+    num_bytes: int = 0
+    num_pieces: int = 0
+    num_slices: int = 0  # that have begun
+    keyframe: bool = False
+    whole_after: int | None = None  # pieces after which the rule first said that it was whole
+    let_go: bool = False
+
+
+class AccessUnits:
+    """Join pieces into access units; one for each connection."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._is_hevc = codec == "hevc"
+        self._picture = _Picture()
+        self._longest_fragment = 0  # bytes; 0 until a fragmented unit was seen
+        self._num_slices = 0  # of the last whole picture
+        self._num_right = 0  # pictures in a row that the rule ended right
+        self._num_mistakes = 0
+        self._truncated = False  # the next unit lacks a part, or is the rest of one that was let go too early
+
+    @property
+    def ends_early(self) -> bool:
+        """Tell whether pictures are let go before the next one begins."""
+        return self._num_right >= _NUM_TO_LEARN and self._num_mistakes < _MAX_MISTAKES
+
+    @property
+    def pts(self) -> int | None:
+        """Say which picture is being joined."""
+        return self._picture.pts
+
+    def feed(self, piece: bytes, pts: int | None, sender_at: float | None = None) -> Iterator[AccessUnit]:
+        """Take what came in one RTP packet; yield the pictures that it completes."""
+        picture = self._picture
+        if pts != picture.pts:
+            if picture.pieces:
+                self._learn(picture)
+                yield self._unit(picture)
+            picture = self._picture = _Picture(pts, sender_at)
+        elif picture.let_go:
+            self._note_mistake(picture)
+        self._add(picture, piece)
+        if self._looks_whole(picture, piece):
+            picture.whole_after = picture.whole_after or picture.num_pieces
+            if self.ends_early:
+                yield self._unit(picture)
+                picture.let_go = True
+
+    def _add(self, picture: _Picture, piece: bytes) -> None:
+        picture.pieces.append(piece)
+        picture.num_pieces += 1
+        picture.num_bytes += len(piece)
+        if picture.num_bytes > _MAX_BYTES:
+            picture.pieces.clear()
+            picture.num_bytes = 0
+            self._truncated = True
+        if not piece.startswith(START_CODE):
+            self._longest_fragment = max(self._longest_fragment, len(piece))
+            return
+        position = 0
+        while position >= 0:
+            self._note_head(picture, piece[position + 4 : position + 6])
+            position = piece.find(START_CODE, position + 4)
+
+    def _note_head(self, picture: _Picture, head: bytes) -> None:
+        """Count slices, and recognise where a decoder may begin (H.264 table 7-1, H.265 table 7-1)."""
+        if not head:
+            return
+        if self._is_hevc:
+            kind = head[0] >> 1 & 0x3F
+            picture.num_slices += kind < 32
+            picture.keyframe |= 16 <= kind <= 21
+        else:
+            kind = head[0] & 0x1F
+            picture.num_slices += kind in (1, 5)
+            recovery_point = kind == 6 and len(head) > 1 and head[1] == 6  # cameras that refresh picture by picture
+            picture.keyframe |= kind == 5 or recovery_point
+
+    def _looks_whole(self, picture: _Picture, piece: bytes) -> bool:
+        """Apply the rule: as many slices as the last picture had, and the last of them ended.
+
+        A first fragment is longer than the others by the start code and the head that FFmpeg puts back.
+        """
+        return 0 < self._num_slices == picture.num_slices and len(piece) < self._longest_fragment
+
+    def _learn(self, picture: _Picture) -> None:
+        """Compare the rule with the truth, now that the next picture has begun."""
+        if picture.num_slices != self._num_slices:
+            self._num_slices = picture.num_slices
+            self._num_right = 0
+        elif picture.whole_after == picture.num_pieces:
+            self._num_right += 1
+        elif picture.whole_after is not None:
+            self._num_right = 0
+
+    def _note_mistake(self, picture: _Picture) -> None:
+        """More came of a picture that was let go: what was decoded lacks its end."""
+        picture.let_go = False
+        self._truncated = True
+        self._num_right = 0
+        self._num_mistakes += 1
+
+    def _unit(self, picture: _Picture) -> AccessUnit:
+        """Take what was joined out of the picture."""
+        data = b"".join(picture.pieces)
+        picture.pieces.clear()
+        unit = AccessUnit(data, picture.pts, picture.keyframe, picture.sender_at, self._truncated)
+        self._truncated = False
+        return unit
