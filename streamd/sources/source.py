@@ -102,7 +102,7 @@ class Source:
             sender_at = sender_time(piece) if piece.pts != units.pts else None
             for unit in units.feed(bytes(piece), piece.pts, sender_at):
                 last_unit_s = time.monotonic()
-                data: av.Packet[av.VideoStream] = av.Packet(unit.data)
+                data = cast("av.Packet[av.VideoStream]", av.Packet(unit.data))
                 data.pts = unit.pts
                 if self.video.time_base is not None:
                     data.time_base = self.video.time_base
