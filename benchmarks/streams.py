@@ -127,7 +127,7 @@ def check_machine() -> None:
     if missing := missing_for_rtsp():
         raise BenchmarkError(f"the RTSP server cannot run: {missing}")
     if importlib.util.find_spec("cv2") is None:
-        raise BenchmarkError("the naive reader needs OpenCV: pip install '.[bench]'")
+        raise BenchmarkError("the naive reader needs OpenCV: pip install '.[dev]'")
 
 
 def run_all(

@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 _BATCH_LADDER = (2, 4, 8, 16, 32)
 _WORTH_IT = 1.1  # what comes later in the candidates adds latency or barriers, so it must add this much throughput
-_NUM_WARM_UPS = 3  # TorchScript specialises a graph during its first runs
-_NUM_RUNS = 4
+_NUM_WARM_UPS = 2  # TorchScript specialises a graph during its first runs; the check at loading was the first
+_NUM_RUNS = 3
 _OUTPUTS = tuple(output.name for output in fields(RawOutput))
 Auto = Literal["auto"]
 
@@ -36,6 +36,8 @@ class Model:
         self.device = _device(device)
         self._module, self.spec = artifact.load(path, self.device, optimized=True)
         self.path = path
+        for _ in range(_NUM_WARM_UPS):
+            self._run_to_end(self._blank(1))
 
     def run(self, batch: Batch) -> RawOutput:
         """Run the network on `batch.images`; on a GPU this returns before the work is done."""
@@ -51,18 +53,14 @@ class Model:
 
     def images_per_s(self, workers: int, threads: int, batch: int) -> float:
         """Measure throughput with so many workers at once, each with so many CPU threads."""
-        height, width = self.spec.input_size
-        images = torch.zeros((batch, 3, height, width), device=self.device).contiguous(
-            memory_format=torch.channels_last
-        )
+        images = self._blank(batch)
         ready = threading.Barrier(workers + 1)
         failures: list[Exception] = []  # in a thread of its own, none may be lost
 
         def work() -> None:
             torch.set_num_threads(threads)
             try:
-                for _ in range(_NUM_WARM_UPS):
-                    self._run_to_end(images)
+                self._run_to_end(images)
                 ready.wait()
                 for _ in range(_NUM_RUNS):
                     self._run_to_end(images)
@@ -83,6 +81,10 @@ class Model:
         if failures:
             raise failures[0]
         return workers * batch * _NUM_RUNS / (time.perf_counter() - started)
+
+    def _blank(self, num_images: int) -> torch.Tensor:
+        images = torch.zeros((num_images, 3, *self.spec.input_size), device=self.device)
+        return images.contiguous(memory_format=torch.channels_last)
 
     def _run_to_end(self, images: torch.Tensor) -> None:
         self._forward(images)

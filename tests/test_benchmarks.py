@@ -66,7 +66,7 @@ def server(numbered_clip: Path, tmp_path: Path) -> Iterator[RtspServer]:
 
 def need_opencv() -> None:
     if importlib.util.find_spec("cv2") is None:
-        pytest.skip("OpenCV is missing: pip install '.[bench]'")
+        pytest.skip("OpenCV is missing: pip install '.[dev]'")
 
 
 def read_index(luma: np.ndarray[Any, Any]) -> int:

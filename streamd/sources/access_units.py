@@ -9,7 +9,7 @@ connection before they are relied on, and given up when they fail; the next pict
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -69,22 +69,26 @@ class AccessUnits:
         """Say which picture is being joined."""
         return self._picture.pts
 
-    def feed(self, piece: bytes, pts: int | None, sender_at: float | None = None) -> Iterator[AccessUnit]:
-        """Take what came in one RTP packet; yield the pictures that it completes."""
+    def feed(self, piece: bytes, pts: int | None, sender_at: float | None = None) -> Sequence[AccessUnit]:
+        """Take what came in one RTP packet; return the pictures that it completes."""
         picture = self._picture
+        completed: list[AccessUnit] | tuple[()] = ()
         if pts != picture.pts:
             if picture.pieces:
                 self._learn(picture)
-                yield self._unit(picture)
+                completed = [self._unit(picture)]
             picture = self._picture = _Picture(pts, sender_at)
         elif picture.let_go:
             self._note_mistake(picture)
         self._add(picture, piece)
-        if self._looks_whole(picture, piece):
+        # The rule: as many slices as the last picture had, and the last of them ended. (A first fragment is longer
+        # than the others by the start code and the head that FFmpeg puts back.)
+        if len(piece) < self._longest_fragment and 0 < self._num_slices == picture.num_slices:
             picture.whole_after = picture.whole_after or picture.num_pieces
             if self.ends_early:
-                yield self._unit(picture)
+                completed = [*completed, self._unit(picture)]
                 picture.let_go = True
+        return completed
 
     def _add(self, picture: _Picture, piece: bytes) -> None:
         picture.pieces.append(piece)
@@ -95,7 +99,8 @@ class AccessUnits:
             picture.num_bytes = 0
             self._truncated = True
         if not piece.startswith(START_CODE):
-            self._longest_fragment = max(self._longest_fragment, len(piece))
+            if len(piece) > self._longest_fragment:
+                self._longest_fragment = len(piece)
             return
         position = 0
         while position >= 0:
@@ -115,13 +120,6 @@ class AccessUnits:
             picture.num_slices += kind in (1, 5)
             recovery_point = kind == 6 and len(head) > 1 and head[1] == 6  # cameras that refresh picture by picture
             picture.keyframe |= kind == 5 or recovery_point
-
-    def _looks_whole(self, picture: _Picture, piece: bytes) -> bool:
-        """Apply the rule: as many slices as the last picture had, and the last of them ended.
-
-        A first fragment is longer than the others by the start code and the head that FFmpeg puts back.
-        """
-        return 0 < self._num_slices == picture.num_slices and len(piece) < self._longest_fragment
 
     def _learn(self, picture: _Picture) -> None:
         """Compare the rule with the truth, now that the next picture has begun."""

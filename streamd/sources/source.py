@@ -80,6 +80,8 @@ class Source:
         self._joins = options.scheme in ("rtsp", "rtsps") and codec in ("h264", "hevc")
         if not self._joins:
             container.flags &= ~(_NOPARSE | _NOFILLIN)
+        self._time_base = float(self.video.time_base or 0)
+        self._last_stamp_s = time.monotonic()
         timeline.connect()
 
     def packets(self) -> Iterator[Packet]:
@@ -97,39 +99,37 @@ class Source:
     def _joined(self) -> Iterator[Packet]:
         """Join RTP payloads into access units."""
         units = AccessUnits(cast(Codec, self.video.codec_context.name))
-        last_unit_s = time.monotonic()
         for piece in self._pieces():
-            sender_at = sender_time(piece) if piece.pts != units.pts else None
-            for unit in units.feed(bytes(piece), piece.pts, sender_at):
-                last_unit_s = time.monotonic()
+            pts = piece.pts
+            sender_at = sender_time(piece) if pts != units.pts else None
+            for unit in units.feed(bytes(piece), pts, sender_at):
                 data = cast("av.Packet[av.VideoStream]", av.Packet(unit.data))
                 data.pts = unit.pts
                 if self.video.time_base is not None:
                     data.time_base = self.video.time_base
                 yield Packet(data, self._stamp(unit.pts, unit.sender_at), unit.keyframe, unit.corrupt)
-            if time.monotonic() - last_unit_s > self._options.read_timeout_s:
+            if time.monotonic() - self._last_stamp_s > self._options.read_timeout_s:
                 raise SourceError("packets trickle in, but make no picture", "stalled")
 
     def _stamp(self, ticks: int | None, sender_at: float | None) -> Stamp:
+        arrived_ns = time.monotonic_ns()
+        self._last_stamp_s = arrived_ns / 1e9
         return self._timeline.stamp(
-            pts_s=None if ticks is None else ticks * float(self.video.time_base or 0),
-            arrived_ns=time.monotonic_ns(),
+            pts_s=None if ticks is None else ticks * self._time_base,
+            arrived_ns=arrived_ns,
             arrived_at=time.time(),
             sender_at=sender_at,
         )
 
     def _pieces(self) -> Iterator[av.Packet[av.VideoStream]]:
-        demuxer = self._container.demux(self.video)
-        while (data := self._next(demuxer)) is not None:
-            if data.size:
-                yield data
-
-    def _next(self, demuxer: Iterator[av.Packet[av.VideoStream]]) -> av.Packet[av.VideoStream] | None:
-        started = time.monotonic()
+        """Yield what FFmpeg gives, until the end. Raises SourceError."""
+        self._last_stamp_s = time.monotonic()
         try:
-            return next(demuxer, None)
+            for data in self._container.demux(self.video):
+                if data.size:
+                    yield data
         except (av.error.FFmpegError, OSError) as err:
-            waited_s = time.monotonic() - started
+            waited_s = time.monotonic() - self._last_stamp_s
             if _is_timeout(err) or waited_s >= self._options.read_timeout_s * 0.99:
                 raise SourceError(f"connected, but nothing came for {waited_s:.1f} s", "stalled") from None
             state = "failed" if self._options.is_file else "unreachable"
