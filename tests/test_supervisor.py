@@ -278,6 +278,13 @@ def test_a_file_in_real_time_hands_over_as_its_presentation_times_say() -> None:
     assert [at - begin for at in watched.handed_at_s] == pytest.approx([0.0, 0.1, 0.5])
 
 
+def test_frames_that_were_held_back_arrive_when_they_are_due() -> None:
+    (held,) = run([make_frame()], Policy(realtime=True)).handed
+    (live,) = run([make_frame()], Policy()).handed
+    assert time.time() - held.stamp.captured_at < 60 and time.monotonic_ns() - held.stamp.arrived_ns < 60e9
+    assert live.stamp == make_frame().stamp, "a camera's frames keep their own"
+
+
 def test_a_slow_hand_over_does_not_shift_a_file_in_real_time() -> None:
     watched = Watched(
         [
