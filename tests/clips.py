@@ -47,6 +47,8 @@ def write_clip(
         if codec.startswith("libx264"):
             stream.gop_size, stream.max_b_frames = gop, b_frames
             stream.options |= {"sc_threshold": "0"}  # key frames by the GOP alone
+        if codec == "libx265":  # with its own threads and B-frames the muxer once refused a packet
+            stream.options |= {"x265-params": "log-level=none:bframes=0:frame-threads=1:pools=none"}
         for index in range(num_frames):
             frame = av.VideoFrame.from_ndarray(drawing(index, size), format="rgb24")
             encode_frame(output, stream, frame, index, fps)
