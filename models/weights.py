@@ -67,11 +67,13 @@ def resolve(name_or_path: str | Path, *, download: bool = True, progress: Progre
     if path.suffix != ".pth":
         artifact.read_spec(path)
         return path
-    state = read_checkpoint(path)
-    variant = identify(state, path)
-    kept = cache_directory() / f"{variant}-{_sha256(path)[:16]}-v{artifact.FORMAT}.pt"
-    if not _is_artifact(kept):
-        export_checkpoint(variant, path, kept)
+    made_from = f"{_sha256(path)[:16]}-v{artifact.FORMAT}.pt"
+    for kept in cache_directory().glob(f"*-{made_from}"):  # without reading the checkpoint again
+        if _is_artifact(kept):
+            return kept
+    variant = identify(read_checkpoint(path), path)
+    kept = cache_directory() / f"{variant}-{made_from}"
+    export_checkpoint(variant, path, kept)
     return kept
 
 

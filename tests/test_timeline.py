@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from streamd.messages import Stamp
-from streamd.sources.timeline import Timeline, sender_time
+from streamd.sources.timeline import SenderClock, Timeline
 
 NOW = 1769853600.0  # 2026-01-31
 
@@ -92,7 +92,28 @@ class PacketWithReport:
         return self.content
 
 
+def report(unix_us: int) -> PacketWithReport:
+    return PacketWithReport(struct.pack("<qi4x", unix_us, 1))
+
+
+def time_of(clock: SenderClock, packet: PacketWithReport, pts_s: float | None) -> float | None:
+    return clock.time_of(packet, pts_s)  # type: ignore[arg-type]
+
+
 def test_the_sender_s_time_is_read_from_the_packet() -> None:
-    report = struct.pack("<qi4x", 1_769_853_600_123_456, 1)
-    assert sender_time(PacketWithReport(report)) == 1769853600.123456  # type: ignore[arg-type]
-    assert sender_time(PacketWithReport(None)) is None  # type: ignore[arg-type]
+    assert time_of(SenderClock(), report(1_769_853_600_123_456), 5.0) == pytest.approx(1769853600.123456, abs=1e-6)
+
+
+def test_before_the_first_report_there_is_no_sender_s_time() -> None:
+    clock = SenderClock()
+    assert time_of(clock, PacketWithReport(None), 0.0) is None
+    assert time_of(clock, report(1_000_000_000_000_000), None) is None
+    assert time_of(clock, report(1_000_000_000_000_000), 0.04) == pytest.approx(1e9)
+
+
+def test_between_two_reports_the_sender_s_time_runs_with_the_presentation_time() -> None:
+    clock = SenderClock()
+    time_of(clock, report(1_000_000_000_000_000), 10.0)
+    assert time_of(clock, PacketWithReport(None), 10.2) == pytest.approx(1e9 + 0.2)
+    assert time_of(clock, report(1_000_000_000_700_000), 10.6) == pytest.approx(1e9 + 0.7), "the camera's clock drifts"
+    assert time_of(clock, report(1_000_000_100_000_000), 3.0) == pytest.approx(1e9 + 100), "its times began anew"

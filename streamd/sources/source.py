@@ -14,7 +14,7 @@ import av.error
 from streamd.errors import SourceError
 from streamd.messages import Packet, Stamp
 from streamd.sources.access_units import AccessUnits, Codec
-from streamd.sources.timeline import Timeline, sender_time
+from streamd.sources.timeline import SenderClock, Timeline
 
 _RTSP_OPTIONS = {
     "allowed_media_types": "video",  # audio and metadata tracks are neither received nor parsed
@@ -82,6 +82,7 @@ class Source:
             container.flags &= ~(_NOPARSE | _NOFILLIN)
         self._time_base = float(self.video.time_base or 0)
         self._last_stamp_s = time.monotonic()
+        self._sender_clock = SenderClock()
         timeline.connect()
 
     def packets(self) -> Iterator[Packet]:
@@ -94,14 +95,16 @@ class Source:
         """Yield what FFmpeg's parser or container gives."""
         for data in self._pieces():
             ticks = data.pts if data.pts is not None else data.dts
-            yield Packet(data, self._stamp(ticks, sender_time(data)), data.is_keyframe, data.is_corrupt)
+            sender_at = self._sender_clock.time_of(data, self._seconds(ticks))
+            yield Packet(data, self._stamp(ticks, sender_at), data.is_keyframe, data.is_corrupt)
 
     def _joined(self) -> Iterator[Packet]:
         """Join RTP payloads into access units."""
         units = AccessUnits(cast(Codec, self.video.codec_context.name))
         for piece in self._pieces():
             pts = piece.pts
-            sender_at = sender_time(piece) if pts != units.pts else None
+            begins = pts != units.pts
+            sender_at = self._sender_clock.time_of(piece, self._seconds(pts)) if begins else None
             for unit in units.feed(bytes(piece), pts, sender_at):
                 data = cast("av.Packet[av.VideoStream]", av.Packet(unit.data))
                 data.pts = unit.pts
@@ -111,11 +114,14 @@ class Source:
             if time.monotonic() - self._last_stamp_s > self._options.read_timeout_s:
                 raise SourceError("packets trickle in, but make no picture", "stalled")
 
+    def _seconds(self, ticks: int | None) -> float | None:
+        return None if ticks is None else ticks * self._time_base
+
     def _stamp(self, ticks: int | None, sender_at: float | None) -> Stamp:
         arrived_ns = time.monotonic_ns()
         self._last_stamp_s = arrived_ns / 1e9
         return self._timeline.stamp(
-            pts_s=None if ticks is None else ticks * self._time_base,
+            pts_s=self._seconds(ticks),
             arrived_ns=arrived_ns,
             arrived_at=time.time(),
             sender_at=sender_at,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _JUMP_BACK_S = 1.0
 _JUMP_AHEAD_S = 10.0
+_SENDER_REFRESH_S = 0.5
 _EARLIEST_SENDER_TIME = 946_684_800.0  # 2000-01-01: a camera whose clock was never set says 1970
 
 
@@ -51,11 +52,32 @@ class Timeline:
         return step_s < -_JUMP_BACK_S or step_s > passed_s + _JUMP_AHEAD_S
 
 
-def sender_time(packet: av.Packet[av.VideoStream]) -> float | None:
-    """Read the capture time that FFmpeg derived from the camera's RTCP sender reports, Unix seconds.
+class SenderClock:
+    """Say when the camera took a picture, by its RTCP sender reports.
 
-    The side data is libavutil's AVProducerReferenceTime: int64 wall clock in microseconds, int flags.
+    FFmpeg gives each packet the time that it derived from the last report. Reading that costs more than the rest of a
+    packet's way, and is needed only as often as reports come: in between, presentation times run at the same rate.
     """
+
+    def __init__(self) -> None:
+        self._read_at_s: float | None = None  # the presentation time when the offset was read
+        self._offset_s = 0.0  # Unix time of presentation time 0
+
+    def time_of(self, packet: av.Packet[av.VideoStream], pts_s: float | None) -> float | None:
+        """Return the Unix time in seconds; None before the first report."""
+        if pts_s is None:
+            return None
+        if self._read_at_s is None or not 0 <= pts_s - self._read_at_s < _SENDER_REFRESH_S:
+            sender_at = _producer_reference_time(packet)
+            if sender_at is None:
+                self._read_at_s = None
+                return None
+            self._read_at_s, self._offset_s = pts_s, sender_at - pts_s
+        return pts_s + self._offset_s
+
+
+def _producer_reference_time(packet: av.Packet[av.VideoStream]) -> float | None:
+    """Read libavutil's AVProducerReferenceTime: int64 wall clock in microseconds, int flags."""
     if not packet.has_sidedata("prft"):
         return None
     (wallclock_us,) = struct.unpack_from("<q", bytes(packet.get_sidedata("prft")))
