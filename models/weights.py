@@ -199,8 +199,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
     Nothing in the file is executed. Raises ModelError.
     """
-    if not path.is_file():
-        raise ModelError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}; give a checkpoint (.pth)")
+    _need_file(path)
     try:
         with torch.serialization.safe_globals(_numpy_scalars()):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -264,6 +263,12 @@ def _num_outputs(state: dict[str, Tensor], key: str) -> int:
     return state[key].shape[0] if key in state and state[key].ndim else 0
 
 
+def _need_file(path: Path) -> None:
+    if not path.is_file():
+        raise ModelError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}; give a checkpoint (.pth)")
+
+
 def _sha256(path: Path) -> str:
+    _need_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
