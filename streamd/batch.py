@@ -149,22 +149,23 @@ class Assembler:
     """Letterbox and normalise frames into one tensor; owned by one worker, which reuses its memory."""
 
     def __init__(self, spec: ModelSpec, max_batch: int, device: torch.device, dtype: torch.dtype) -> None:
-        import torch
+        import torch  # here, so that scheduling is tested without it
+
+        from streamd.gpu.reference import preprocess
 
         height, width = spec.input_size
         self._spec = spec
+        self._preprocess = preprocess
         self._images = torch.empty(
             (max_batch, 3, height, width), dtype=dtype, device=device, memory_format=torch.channels_last
         )
 
     def assemble(self, frames: Sequence[Frame]) -> Batch:
         """Fill the slots of the batch; its images stay valid until the next call."""
-        from streamd.gpu.reference import preprocess
-
         spec = self._spec
         images = self._images[: len(frames)]
         letterboxes = tuple(spec.letterbox(frame.width, frame.height) for frame in frames)
-        preprocess(
+        self._preprocess(
             [frame.picture for frame in frames],
             letterboxes,
             images,

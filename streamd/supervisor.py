@@ -160,10 +160,7 @@ class Supervisor:
     def _enter(
         self, state: StreamState, reason: str = "", *, decoder: str | None = None, retry_in_s: float | None = None
     ) -> None:
-        if decoder is not None:
-            self._status = self._described(state, reason, retry_in_s, time.time(), decoder)
-        else:
-            self._status = self._described(state, reason, retry_in_s, time.time())
+        self._status = self._described(state, reason, retry_in_s, time.time(), decoder)
         retry = f"; next try in {retry_in_s:.1f} s" if retry_in_s is not None else ""
         level = logging.WARNING if retry_in_s is not None else logging.INFO
         logger.log(level, "%s: %s%s%s", self.stream, state, f": {reason}" if reason else "", retry)

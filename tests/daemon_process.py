@@ -19,12 +19,6 @@ READY_WITHIN_S = 90.0  # a loaded machine loads torch slowly
 STOPPED_WITHIN_S = 15.0
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 class DaemonProcess:
     """`with DaemonProcess(tmp_path, config) as daemon`: started and ready; stopped at the end."""
 

@@ -25,7 +25,7 @@ from streamd.models import artifact
 from streamd.models.spec import ModelSpec
 from tests.clips import write_clip
 from tests.conftest import ROOT
-from tests.daemon_process import free_port
+from tests.redis_server import free_port
 from tests.test_infer import Tiny
 
 

@@ -16,8 +16,8 @@ import pytest
 from streamd.client import Subscription, subscribe
 from streamd.wire import DetectionsMessage, StatusMessage
 from tests.conftest import StartRtsp
-from tests.daemon_process import DaemonProcess, free_port
-from tests.redis_server import RedisServer
+from tests.daemon_process import DaemonProcess
+from tests.redis_server import RedisServer, free_port
 
 WITHIN_S = 40.0
 

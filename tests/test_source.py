@@ -19,7 +19,7 @@ from streamd.messages import Packet
 from streamd.sources import Source, SourceOptions, Timeline, open_source
 from tests.clips import write_clip, write_sound
 from tests.conftest import StartRtsp
-from tests.daemon_process import free_port
+from tests.redis_server import free_port
 
 PASSWORD = "hunter22"
 WITHIN_S = 10.0
