@@ -21,8 +21,8 @@ from streamd.models import artifact
 logger = logging.getLogger(__name__)
 
 _BATCH_LADDER = (2, 4, 8, 16, 32)
-_WORTH_IT = 1.1  # what comes later in the candidates adds latency or barriers, so it must add this much throughput
-_NUM_WARM_UPS = 2  # TorchScript specialises a graph during its first runs; the check at loading was the first
+_WORTH_IT = 1.1  # a larger batch adds latency, so it must add this much throughput
+_NUM_WARM_UPS = 1  # TorchScript specialises a graph during its first two runs; the check at loading was the first
 _NUM_RUNS = 3
 _OUTPUTS = tuple(output.name for output in fields(RawOutput))
 Auto = Literal["auto"]
@@ -129,20 +129,21 @@ class Plan:
 
 
 def choose_plan(model: Model, wish: Wish) -> Plan:
-    """Measure the candidates on the idle machine and take the fastest whose batch fits the latency budget.
+    """Measure on the idle machine: the fewest threads a worker with which a batch fits the latency budget, then the
+    largest batch that fits it and pays.
 
-    Several one-thread workers usually beat one worker of several threads on a CPU: they have no barrier at which a
-    decoder's preemption of one thread stops the others. Where nothing fits the budget, the shortest batch is taken.
+    Several one-thread workers beat one worker of several threads on a CPU: they have no barrier at which a decoder's
+    preemption of one thread stops the others. Where nothing fits the budget, the shortest batch is taken.
     """
-    best: Plan | None = None
+    plans = []
     for workers, threads in _layouts(model, wish):
         first = wish.max_batch if wish.max_batch != "auto" else 1
-        plan = Plan(workers, threads, first, model.images_per_s(workers, threads, first))
-        logger.debug("%s: %s", model.spec.name, plan)
-        if best is None or _is_better(plan, best, wish.budget_ms):
-            best = plan
-    assert best is not None
-    if wish.max_batch != "auto":
+        plans.append(Plan(workers, threads, first, model.images_per_s(workers, threads, first)))
+        logger.debug("%s: %s", model.spec.name, plans[-1])
+        if plans[-1].fits(wish.budget_ms):
+            break
+    best = min(plans, key=lambda plan: (not plan.fits(wish.budget_ms), plan.batch_ms))
+    if wish.max_batch != "auto" or not best.fits(wish.budget_ms):
         return best
     for size in _BATCH_LADDER:
         if size * best.workers > max(2, wish.num_streams):
@@ -155,16 +156,8 @@ def choose_plan(model: Model, wish: Wish) -> Plan:
     return best
 
 
-def _is_better(plan: Plan, best: Plan, budget_ms: float) -> bool:
-    if plan.fits(budget_ms) != best.fits(budget_ms):
-        return plan.fits(budget_ms)
-    if not plan.fits(budget_ms):
-        return plan.batch_ms < best.batch_ms
-    return plan.images_per_s > best.images_per_s * _WORTH_IT
-
-
 def _layouts(model: Model, wish: Wish) -> Sequence[tuple[int, int]]:
-    """List the (workers, threads) worth measuring."""
+    """List the (workers, threads) worth measuring, those with fewer barriers first."""
     if model.device.type == "cuda":
         return [(1 if wish.workers == "auto" else wish.workers, 1)]
     cores = len(os.sched_getaffinity(0))

@@ -199,18 +199,12 @@ def test_the_half_that_is_not_said_fills_the_cores(wish: Wish, workers: int, thr
     assert (plan.workers, plan.threads) == (workers, threads)
 
 
-def test_one_thread_workers_win_where_threads_help_little() -> None:
-    fake = FakeModel(0, 10, thread_gain=0.5)
-    plan = plan_of(fake, Wish())
-    assert (plan.workers, plan.threads) == (8, 1)
-    assert {(workers, threads) for workers, threads, _ in fake.measured} == {(8, 1), (2, 4), (1, 8)}
-
-
-def test_a_plan_within_the_budget_wins_over_a_faster_one_that_is_late() -> None:
-    fake = FakeModel(0, 150, thread_gain=0.7)  # eight workers: 53 images/s, 150 ms; one worker: 39 images/s, 25 ms
-    plan = plan_of(fake, Wish(budget_ms=60))
-    assert plan.fits(60) and plan.workers == 1
-    assert plan_of(fake, Wish(budget_ms=1000)).workers == 8
+def test_the_fewest_threads_that_keep_the_budget_are_taken_and_no_more_are_measured() -> None:
+    fake = FakeModel(0, 150, thread_gain=0.7)  # by threads a worker: 150 ms, 48 ms, 25 ms an image
+    assert plan_of(fake, Wish(budget_ms=1000)).threads == 1
+    assert {threads for _, threads, _ in fake.measured} == {1}
+    assert plan_of(fake, Wish(budget_ms=100)).threads == 4
+    assert plan_of(fake, Wish(budget_ms=60)).threads == 8
 
 
 def test_where_nothing_fits_the_budget_the_shortest_batch_is_taken() -> None:
