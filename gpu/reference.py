@@ -39,40 +39,41 @@ def preprocess(
     Every plane is stretched to the letterbox, bilinearly with half-pixel centres and without antialiasing; only
     then are the planes mixed to R'G'B' and clamped. Chroma is thereby taken as centred between its luma samples.
     """
+    centre, spread = (torch.tensor(values, device=out.device)[:, None, None] for values in (mean, std))
+    padding = (pad - centre) / spread
+    is_plain = not centre.any() and bool((spread == 1).all())
     for slot, picture, letterbox in zip(out, pictures, letterboxes, strict=True):
-        rgb = _resized_rgb(picture, letterbox.height, letterbox.width)
-        for channel, plane, centre, spread in zip(slot, rgb if colour == "rgb" else rgb[::-1], mean, std, strict=True):
-            if (centre, spread) != (0.0, 1.0):
-                plane.sub_(centre).div_(spread)
-            _place(plane, channel, letterbox, (pad - centre) / spread)
+        channels = _resized(picture, letterbox.height, letterbox.width, colour)
+        _place(channels if is_plain else channels.sub_(centre).div_(spread), slot, letterbox, padding)
 
 
-def _place(plane: Tensor, channel: Tensor, letterbox: Letterbox, padding: float) -> None:
-    """Write `plane` where the letterbox says and `padding` everywhere else, each element of `channel` once."""
+def _place(channels: Tensor, slot: Tensor, letterbox: Letterbox, padding: Tensor) -> None:
+    """Write `channels` where the letterbox says and `padding` everywhere else, each element of `slot` once."""
     top, bottom = letterbox.top, letterbox.top + letterbox.height
     left, right = letterbox.left, letterbox.left + letterbox.width
-    channel[top:bottom, left:right] = plane
-    channel[:top] = padding
-    channel[bottom:] = padding
-    channel[top:bottom, :left] = padding
-    channel[top:bottom, right:] = padding
+    slot[:, top:bottom, left:right] = channels
+    slot[:, :top] = padding
+    slot[:, bottom:] = padding
+    slot[:, top:bottom, :left] = padding
+    slot[:, top:bottom, right:] = padding
 
 
-def _resized_rgb(picture: Picture, height: int, width: int) -> tuple[Tensor, ...]:
-    """Turn, stretch and mix a picture into three float32 planes [height, width]: R', G', B' in 0..255."""
+def _resized(picture: Picture, height: int, width: int, colour: Literal["bgr", "rgb"]) -> Tensor:
+    """Turn, stretch and mix a picture: float32 [3, height, width] in `colour` order and 0..255."""
     planes = picture.planes
     if picture.rotation:
         planes = tuple(torch.rot90(plane, picture.rotation // 90, (0, 1)) for plane in planes)
     if picture.layout == "rgb":
-        return _resize(planes[0].permute(2, 0, 1)[None].float(), height, width)[0].unbind()
+        rgb = _resize(planes[0].permute(2, 0, 1)[None].float(), height, width)[0]
+        return rgb if colour == "rgb" else rgb.flip(0)
     luma = planes[0].float()[None, None]
     chroma = torch.stack(planes[1:]) if picture.layout == "yuv" else planes[1].permute(2, 0, 1)
     # The chroma planes are a batch of two pictures: for two channels of one, interpolate is no faster, for three
     # contiguous ones it is nearly three times slower per plane.
     chroma = chroma.to(torch.float32, memory_format=torch.contiguous_format)[:, None]
     stretched = torch.cat((_resize(luma, height, width), _resize(chroma, height, width)))
-    weights, offset = _rgb_from_ycbcr(picture.matrix, picture.full_range, luma.device)
-    return torch.addmm(offset, weights, stretched.view(3, -1)).clamp_(0, 255).view(3, height, width).unbind()
+    weights, offset = _from_ycbcr(picture.matrix, picture.full_range, colour, luma.device)
+    return torch.addmm(offset, weights, stretched.view(3, -1)).clamp_(0, 255).view(3, height, width)
 
 
 def _resize(planes: Tensor, height: int, width: int) -> Tensor:
@@ -80,8 +81,10 @@ def _resize(planes: Tensor, height: int, width: int) -> Tensor:
 
 
 @cache
-def _rgb_from_ycbcr(matrix: Literal["bt601", "bt709"], full_range: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return `weights` [3, 3] and `offset` [3, 1] of rgb = weights @ ycbcr + offset, all in 0..255.
+def _from_ycbcr(
+    matrix: Literal["bt601", "bt709"], full_range: bool, colour: Literal["bgr", "rgb"], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return `weights` [3, 3] and `offset` [3, 1] of colour = weights @ ycbcr + offset, all in 0..255.
 
     From Kr and Kb by ITU-R BT.709-6, sections 3.3 to 3.5: limited range has 219 steps of luma above 16 and
     224 of chroma; full range (JPEG, ITU-T T.871) has 255 of each. Chroma is zero at 128.
@@ -98,6 +101,8 @@ def _rgb_from_ycbcr(matrix: Literal["bt601", "bt709"], full_range: bool, device:
         ],
         dtype=torch.float64,
     )
+    if colour == "bgr":
+        weights = weights.flip(0)
     offset = -weights @ torch.tensor([[black], [128.0], [128.0]], dtype=torch.float64)
     return weights.to(device, torch.float32), offset.to(device, torch.float32)
 

@@ -156,9 +156,7 @@ class Assembler:
         height, width = spec.input_size
         self._spec = spec
         self._preprocess = preprocess
-        self._images = torch.empty(
-            (max_batch, 3, height, width), dtype=dtype, device=device, memory_format=torch.channels_last
-        )
+        self._images = torch.empty((max_batch, 3, height, width), dtype=dtype, device=device)
 
     def assemble(self, frames: Sequence[Frame]) -> Batch:
         """Fill the slots of the batch; its images stay valid until the next call."""

@@ -83,8 +83,7 @@ class Model:
         return workers * batch * _NUM_RUNS / (time.perf_counter() - started)
 
     def _blank(self, num_images: int) -> torch.Tensor:
-        images = torch.zeros((num_images, 3, *self.spec.input_size), device=self.device)
-        return images.contiguous(memory_format=torch.channels_last)
+        return torch.zeros((num_images, 3, *self.spec.input_size), device=self.device)
 
     def _run_to_end(self, images: torch.Tensor) -> None:
         self._forward(images)
