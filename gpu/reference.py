@@ -246,13 +246,14 @@ def paste_prototypes(
 
     A pixel is set if its centre lies in the box (x1 <= x + 0.5 < x2) and the logit sampled there is above
     logit(threshold). The sample is bilinear between the prototypes' half-pixel centres, clamped at their border:
-    input = source * scale + (left, top), prototype = input * (w / input width). `input_size` is (height, width).
+    input = source * (scale_x, scale_y) + (left, top), prototype = input * (w / input width). `input_size` is
+    (height, width).
     """
     grid_height, grid_width = prototypes.shape[-2:]
     logits = torch.tensordot(coefficients.float(), prototypes.float(), dims=1)
     limit = torch.logit(torch.tensor(threshold, dtype=torch.float64)).item()
-    rows = _prototype_taps(height, letterbox.scale, letterbox.top, grid_height, input_size[0], logits.device)
-    columns = _prototype_taps(width, letterbox.scale, letterbox.left, grid_width, input_size[1], logits.device)
+    rows = _prototype_taps(height, letterbox.scale_y, letterbox.top, grid_height, input_size[0], logits.device)
+    columns = _prototype_taps(width, letterbox.scale_x, letterbox.left, grid_width, input_size[1], logits.device)
     first, last = (boxes[:, :2] - 0.5).ceil(), (boxes[:, 2:] - 0.5).ceil()
     return [
         Bits(x0, y0, _sample(logit, rows.part(y0, y1), columns.part(x0, x1)) > limit)

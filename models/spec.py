@@ -61,7 +61,8 @@ class ModelSpec(_Record, frozen=True, kw_only=True):
         scaled_width, scaled_height = max(1, int(width * scale)), max(1, int(height * scale))
         centred = self.resize.anchor == "center"
         return Letterbox(
-            scale=scale,
+            scale_x=scale,
+            scale_y=scale,
             left=(input_width - scaled_width) // 2 if centred else 0,
             top=(input_height - scaled_height) // 2 if centred else 0,
             width=scaled_width,

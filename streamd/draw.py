@@ -46,7 +46,7 @@ def to_rgb(picture: Picture) -> np.ndarray:
     if picture.rotation in (90, 270):
         height, width = width, height
     image = torch.empty(1, 3, height, width, device=picture.planes[0].device)
-    whole = Letterbox(scale=1.0, left=0, top=0, width=width, height=height)
+    whole = Letterbox(scale_x=1.0, scale_y=1.0, left=0, top=0, width=width, height=height)
     preprocess([picture], [whole], image, colour="rgb", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), pad=0.0)
     return image[0].permute(1, 2, 0).round_().to("cpu", torch.uint8).contiguous().numpy()
 

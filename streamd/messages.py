@@ -86,9 +86,10 @@ class Frame:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Letterbox:
-    """How a frame was placed into the network's input: input = source * scale + (left, top)."""
+    """How a frame was placed into the network's input: input = source * (scale_x, scale_y) + (left, top)."""
 
-    scale: float  # input pixels per source pixel, the same for x and y
+    scale_x: float  # input pixels per source pixel
+    scale_y: float
     left: int  # input pixels of padding
     top: int
     width: int  # input pixels that the picture covers, without padding

@@ -89,13 +89,12 @@ def _best_label(scores: Tensor, score_threshold: float) -> tuple[Tensor, Tensor]
 def _to_source(boxes: Tensor, batch: Batch) -> Tensor:
     """Take boxes [B, N, 4] from input pixels to source pixels, and clip each to its frame."""
     placements = [
-        (letterbox.scale, letterbox.left, letterbox.top, frame.width, frame.height)
+        (letterbox.scale_x, letterbox.scale_y, letterbox.left, letterbox.top, frame.width, frame.height)
         for letterbox, frame in zip(batch.letterboxes, batch.frames, strict=True)
     ]
-    scale, left, top, width, height = torch.tensor(placements, dtype=torch.float32, device=boxes.device).unbind(-1)
-    origin = torch.stack((left, top, left, top), dim=-1)[:, None]
-    limit = torch.stack((width, height, width, height), dim=-1)[:, None]
-    return ((boxes - origin) / scale[:, None, None]).clamp(min=0).minimum(limit)
+    placement = torch.tensor(placements, dtype=torch.float32, device=boxes.device)
+    scale, origin, limit = (placement[:, None, i : i + 2].repeat(1, 1, 2) for i in (0, 2, 4))
+    return ((boxes - origin) / scale).clamp(min=0).minimum(limit)
 
 
 def _masks(raw: RawOutput, batch: Batch, spec: ModelSpec, index: int, rows: np.ndarray) -> tuple[Rle, ...]:

@@ -314,7 +314,7 @@ def test_the_assembler_fills_one_slot_a_frame_and_reuses_its_memory() -> None:
     batch = assembler.assemble([make_frame("gate"), make_frame("yard")])
     assert [frame.stream for frame in batch.frames] == ["gate", "yard"]
     assert batch.images.shape == (2, 3, 4, 6)
-    assert [box.scale for box in batch.letterboxes] == [4.0, 4.0]
+    assert [box.scale_x for box in batch.letterboxes] == [4.0, 4.0]
     assert torch.all(batch.images[:, :, :, :4] == 0), "the black pixel, scaled up"
     assert torch.all(batch.images[:, :, :, 4:] == 114), "the padding"
     again = assembler.assemble([make_frame("gate")])

@@ -123,7 +123,7 @@ def test_yuv_pictures_are_turned_letterboxed_and_mixed_as_by_hand(
 def test_rgb_pictures_are_within_one_grey_level_of_torchvision(source: tuple[int, int]) -> None:
     plane = random_bytes(np.random.default_rng(1), *source, 3)
     theirs = transforms.resize(plane.permute(2, 0, 1), [24, 31], antialias=False)
-    ours = fill(rgb_picture(plane), Letterbox(1.0, 0, 0, 31, 24), (24, 31))
+    ours = fill(rgb_picture(plane), Letterbox(1.0, 1.0, 0, 0, 31, 24), (24, 31))
     assert (ours.round() - theirs.float()).abs().max() <= 1.0
 
 
@@ -142,7 +142,7 @@ def test_rgb_pictures_turn_counter_clockwise(rotation: Literal[0, 90, 180, 270])
     plane = random_bytes(np.random.default_rng(2), 4, 7, 3)
     upright = np.rot90(plane.numpy(), rotation // 90).copy()
     height, width, _ = upright.shape
-    turned = fill(rgb_picture(plane, rotation), Letterbox(1.0, 0, 0, width, height), (height, width))
+    turned = fill(rgb_picture(plane, rotation), Letterbox(1.0, 1.0, 0, 0, width, height), (height, width))
     np.testing.assert_array_equal(turned.permute(1, 2, 0).numpy(), upright)
 
 
@@ -151,7 +151,7 @@ def test_nv12_gives_what_yuv_gives(source: tuple[int, int]) -> None:
     yuv = random_yuv(np.random.default_rng(3), *source)
     luma, cb, cr = yuv.planes
     nv12 = Picture((luma, torch.stack((cb, cr), dim=-1)), "nv12", yuv.matrix, yuv.full_range, 0)
-    letterbox = Letterbox(1.0, 1, 2, 15, 11)
+    letterbox = Letterbox(1.0, 1.0, 1, 2, 15, 11)
     assert torch.equal(fill(nv12, letterbox, (16, 16)), fill(yuv, letterbox, (16, 16)))
 
 
@@ -160,7 +160,7 @@ def test_pitched_planes_give_what_packed_planes_give() -> None:
     luma, cb, cr = random_bytes(rng, 10, 64)[:, :18], random_bytes(rng, 5, 32)[:, :9], random_bytes(rng, 5, 40)[:, :9]
     pitched = Picture((luma, cb, cr), "yuv", "bt709", True, 90)
     packed = Picture(tuple(plane.clone() for plane in pitched.planes), "yuv", "bt709", True, 90)
-    letterbox = Letterbox(1.0, 0, 0, 8, 12)
+    letterbox = Letterbox(1.0, 1.0, 0, 0, 8, 12)
     assert torch.equal(fill(pitched, letterbox, (12, 12)), fill(packed, letterbox, (12, 12)))
 
 
@@ -169,7 +169,11 @@ def test_pitched_planes_give_what_packed_planes_give() -> None:
 def test_every_slot_is_overwritten_in_any_layout_and_precision(dtype: torch.dtype, memory_format: Any) -> None:
     rng = np.random.default_rng(5)
     pictures = [random_yuv(rng, 8, 20), rgb_picture(random_bytes(rng, 30, 6, 3)), random_yuv(rng, 1, 1)]
-    letterboxes = [Letterbox(0.8, 0, 5, 16, 6), Letterbox(0.5, 6, 0, 3, 16), Letterbox(16.0, 0, 0, 16, 16)]
+    letterboxes = [
+        Letterbox(0.8, 0.8, 0, 5, 16, 6),
+        Letterbox(0.5, 0.5, 6, 0, 3, 16),
+        Letterbox(16.0, 16.0, 0, 0, 16, 16),
+    ]
     out = torch.full((3, 3, 16, 16), torch.nan, dtype=dtype).contiguous(memory_format=memory_format)
     preprocess(pictures, letterboxes, out, **PLAIN)
     for slot, picture, letterbox in zip(out, pictures, letterboxes, strict=True):
@@ -179,14 +183,14 @@ def test_every_slot_is_overwritten_in_any_layout_and_precision(dtype: torch.dtyp
 def test_white_and_black_of_limited_range_are_255_and_0() -> None:
     luma = torch.tensor([[16, 235]], dtype=torch.uint8)
     grey = torch.full((1, 1), 128, dtype=torch.uint8)
-    filled = fill(Picture((luma, grey, grey), "yuv", "bt709", False, 0), Letterbox(1.0, 0, 0, 2, 1), (1, 2))
+    filled = fill(Picture((luma, grey, grey), "yuv", "bt709", False, 0), Letterbox(1.0, 1.0, 0, 0, 2, 1), (1, 2))
     torch.testing.assert_close(filled, torch.tensor([[[0.0, 255.0]]]).expand(3, 1, 2), rtol=0, atol=1e-4)
 
 
 def test_a_picture_without_a_slot_is_refused() -> None:
     picture = rgb_picture(torch.zeros(2, 2, 3, dtype=torch.uint8))
     with pytest.raises(ValueError, match="zip"):
-        preprocess([picture, picture], [Letterbox(1.0, 0, 0, 2, 2)] * 2, torch.empty(1, 3, 2, 2), **PLAIN)
+        preprocess([picture, picture], [Letterbox(1.0, 1.0, 0, 0, 2, 2)] * 2, torch.empty(1, 3, 2, 2), **PLAIN)
 
 
 def pasted(bits: Bits, height: int, width: int) -> np.ndarray:
@@ -210,7 +214,7 @@ def random_boxes(rng: np.random.Generator, count: int, height: int, width: int) 
 def test_prototype_masks_are_sampled_at_each_pixel_centre(seed: int, count: int, grid: tuple[int, int]) -> None:
     rng = np.random.default_rng(seed)
     height, width, input_size, threshold = 13, 17, (24, 20), 0.4
-    letterbox = Letterbox(20 / 17, 0, 4, 20, 15)
+    letterbox = Letterbox(20 / 17, 20 / 17, 0, 4, 20, 15)
     prototypes, coefficients = rng.normal(size=(3, *grid)), rng.normal(size=(count, 3))
     boxes = random_boxes(rng, count, height, width)
     masks = paste_prototypes(
@@ -230,8 +234,8 @@ def test_prototype_masks_are_sampled_at_each_pixel_centre(seed: int, count: int,
         frame = pasted(mask, height, width)
         for y, x in product(range(height), range(width)):
             inside = box[0] <= x + 0.5 < box[2] and box[1] <= y + 0.5 < box[3]
-            grid_y = ((y + 0.5) * letterbox.scale + letterbox.top) * grid[0] / input_size[0] - 0.5
-            grid_x = ((x + 0.5) * letterbox.scale + letterbox.left) * grid[1] / input_size[1] - 0.5
+            grid_y = ((y + 0.5) * letterbox.scale_y + letterbox.top) * grid[0] / input_size[0] - 0.5
+            grid_x = ((x + 0.5) * letterbox.scale_x + letterbox.left) * grid[1] / input_size[1] - 0.5
             logit = bilinear(logits, grid_y, grid_x)
             if abs(logit - limit) > 1e-4:  # closer than float32 can tell
                 assert frame[y, x] == (inside and logit > limit), (y, x)
@@ -284,7 +288,7 @@ def test_masks_of_senseless_boxes_are_empty(spoilt: list[float]) -> None:
     for bits in (
         paste_boxes(torch.ones(2, 4, 4), boxes, 10, 8, 0.5),
         paste_prototypes(
-            torch.ones(1, 2, 2), torch.ones(2, 1), boxes, Letterbox(1.0, 0, 0, 10, 8), 10, 8, (8, 10), 0.5
+            torch.ones(1, 2, 2), torch.ones(2, 1), boxes, Letterbox(1.0, 1.0, 0, 0, 10, 8), 10, 8, (8, 10), 0.5
         ),
     ):
         assert bits[0].bits.numel() == 0
@@ -295,6 +299,6 @@ def test_masks_of_neighbouring_boxes_neither_overlap_nor_leave_a_gap() -> None:
     edges = [0.0, 2.5, 3.3, 7.0, 10.0]
     boxes = torch.tensor([[left, 0.0, right, 4.0] for left, right in pairwise(edges)])
     masks = paste_prototypes(
-        torch.ones(1, 2, 2), torch.ones(4, 1), boxes, Letterbox(1.0, 0, 0, 10, 4), 10, 4, (4, 10), 0.5
+        torch.ones(1, 2, 2), torch.ones(4, 1), boxes, Letterbox(1.0, 1.0, 0, 0, 10, 4), 10, 4, (4, 10), 0.5
     )
     np.testing.assert_array_equal(np.sum([pasted(mask, 4, 10) for mask in masks], axis=0), np.ones((4, 10)))
