@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test check lint wheel clean system-packages
+.PHONY: demo test check lint wheel clean system-packages gpu-check
 
 demo: $(VENV)/installed
 	$(VENV)/bin/streamd demo
@@ -23,6 +23,10 @@ check: $(VENV)/installed-dev
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# Needs no network: where torch is there already, it runs with that Python.
+gpu-check:
+	$(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3) -m benchmarks.gpu_check
 
 wheel: $(VENV)/installed-dev
 	$(VENV)/bin/python -m build --wheel

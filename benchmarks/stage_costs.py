@@ -17,16 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import thread_cpu_s, thread_name
-from streamd import daemon, pipeline
+from streamd import daemon, lane, runner
 from streamd.announce import Announcer
-from streamd.batch import Assembler
 from streamd.config_file import load
 from streamd.decode import choose
 from streamd.decode.software import SoftwareDecoder
 from streamd.infer import Model
 from streamd.messages import Batch, Detections, Frame, Packet, RawOutput, Result
-from streamd.models.spec import ModelSpec, NmsRule
-from streamd.postprocess import postprocess
+from streamd.postprocess import Found, Postprocessor
+from streamd.runner import assemble
 
 STAGES = ("decode", "letterbox", "forward", "post-process", "encode")
 INTERVAL_S = 1.0
@@ -79,18 +78,17 @@ class TimedDecoder(SoftwareDecoder):
             yield frame
 
 
-class TimedAssembler(Assembler):
-    def assemble(self, *arguments: Any) -> Batch:
-        began_ns = time.thread_time_ns()
-        batch = super().assemble(*arguments)
-        WATCH.add("letterbox", began_ns)
-        return batch
+def timed_assemble(*arguments: Any) -> Batch:
+    began_ns = time.thread_time_ns()
+    batch = assemble(*arguments)
+    WATCH.add("letterbox", began_ns)
+    return batch
 
 
 class TimedModel(Model):
-    def run(self, batch: Batch) -> RawOutput:
+    def run(self, *arguments: Any) -> RawOutput:
         began_ns = time.thread_time_ns()
-        raw = super().run(batch)
+        raw = super().run(*arguments)
         WATCH.add("forward", began_ns)
         return raw
 
@@ -103,22 +101,27 @@ class TimedAnnouncer(Announcer):
         WATCH.num_frames += 1
 
 
-def timed_postprocess(
-    raw: RawOutput, batch: Batch, spec: ModelSpec, rule: NmsRule, labels: Collection[int] | None = None
-) -> list[Detections]:
-    began_ns = time.thread_time_ns()
-    detections = postprocess(raw, batch, spec, rule, labels)
-    WATCH.add("post-process", began_ns)
-    return detections
+class TimedPostprocessor(Postprocessor):
+    def reduce(self, *arguments: Any) -> Found:
+        began_ns = time.thread_time_ns()
+        found = super().reduce(*arguments)
+        WATCH.add("post-process", began_ns)
+        return found
+
+    def describe(self, *arguments: Any) -> list[Detections]:
+        began_ns = time.thread_time_ns()
+        detections = super().describe(*arguments)
+        WATCH.add("post-process", began_ns)
+        return detections
 
 
 def replace_stages() -> None:
     """Put the timed stages where the pipeline and the daemon look the real ones up."""
     replacements = [
         (choose, "SoftwareDecoder", TimedDecoder),
-        (pipeline, "Assembler", TimedAssembler),
-        (pipeline, "Model", TimedModel),
-        (pipeline, "postprocess", timed_postprocess),
+        (runner, "assemble", timed_assemble),
+        (lane, "Model", TimedModel),
+        (runner, "Postprocessor", TimedPostprocessor),
         (daemon, "Announcer", TimedAnnouncer),
     ]
     for module, name, timed in replacements:

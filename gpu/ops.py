@@ -6,14 +6,46 @@ such a model is loaded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 
 from streamd.gpu import reference
-from streamd.gpu.reference import paste_boxes, paste_prototypes, preprocess, rle
-from streamd.gpu.rle import Bits, pack_counts
+from streamd.gpu.reference import paste_boxes
+from streamd.gpu.rle import Bits, EncodedMasks
+from streamd.messages import Letterbox, Picture
 
-__all__ = ["Bits", "nms", "pack_counts", "paste_boxes", "paste_prototypes", "preprocess", "rle"]
+__all__ = [
+    "Bits",
+    "EncodedMasks",
+    "encode_box_masks",
+    "encode_prototype_masks",
+    "locate_keypoints",
+    "nms",
+    "paste_boxes",
+    "preprocess",
+]
+
+
+def preprocess(
+    pictures: Sequence[Picture],
+    letterboxes: Sequence[Letterbox],
+    out: Tensor,
+    *,
+    colour: Literal["bgr", "rgb"],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    pad: tuple[float, float, float],
+) -> None:
+    """Letterbox and normalise pictures, which lie where `out` does; see `reference.preprocess`."""
+    options: dict[str, Any] = {"colour": colour, "mean": mean, "std": std, "pad": pad}
+    if out.is_cuda:
+        from streamd.gpu import preprocess as kernels
+
+        return kernels.preprocess(pictures, letterboxes, out, **options)
+    return reference.preprocess(pictures, letterboxes, out, **options)
 
 
 def nms(
@@ -27,6 +59,60 @@ def nms(
     """Keep the best candidates of each image and label; see `reference.nms`."""
     keep, count = torch.ops.streamd.nms(boxes, scores, labels, iou_threshold, score_threshold, max_detections)
     return keep, count
+
+
+def encode_prototype_masks(
+    prototypes: Tensor,
+    coefficients: Tensor,
+    boxes: Tensor,
+    valid: Tensor,
+    placements: Tensor,
+    *,
+    input_size: tuple[int, int],
+    threshold: float,
+    capacity: int,
+) -> EncodedMasks:
+    """Encode masks that are mixtures of prototypes; see `reference.encode_prototype_masks`."""
+    objects = (boxes, valid, placements)
+    options: dict[str, Any] = {"input_size": input_size, "threshold": threshold, "capacity": capacity}
+    if boxes.is_cuda:
+        from streamd.gpu import paste
+
+        return paste.encode_prototype_masks(prototypes, coefficients, *objects, **options)
+    return reference.encode_prototype_masks(prototypes, coefficients, *objects, **options)
+
+
+def encode_box_masks(
+    masks: Tensor, boxes: Tensor, valid: Tensor, placements: Tensor, *, threshold: float, capacity: int
+) -> EncodedMasks:
+    """Encode mask probabilities over their boxes; see `reference.encode_box_masks`."""
+    if boxes.is_cuda:
+        from streamd.gpu import paste
+
+        return paste.encode_box_masks(masks, boxes, valid, placements, threshold=threshold, capacity=capacity)
+    return reference.encode_box_masks(masks, boxes, valid, placements, threshold=threshold, capacity=capacity)
+
+
+def locate_keypoints(heatmaps: Tensor, boxes: Tensor) -> Tensor:
+    """Find the point of each heat map over its box; see `reference.locate_keypoints`."""
+    if boxes.is_cuda:
+        from streamd.gpu import keypoints
+
+        return keypoints.locate_keypoints(heatmaps, boxes)
+    return reference.locate_keypoints(heatmaps, boxes)
+
+
+def _nms_on_gpu(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    iou_threshold: float,
+    score_threshold: float,
+    max_detections: int,
+) -> tuple[Tensor, Tensor]:
+    from streamd.gpu import nms as kernels
+
+    return kernels.nms(boxes, scores, labels, iou_threshold, score_threshold, max_detections)
 
 
 def _nms_shapes(
@@ -54,6 +140,7 @@ def _register() -> None:
         " -> (Tensor keep, Tensor count)",
     )
     torch.library.impl("streamd::nms", "CPU", reference.nms)
+    torch.library.impl("streamd::nms", "CUDA", _nms_on_gpu)
     torch.library.register_fake("streamd::nms", _nms_shapes)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -11,11 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from streamd.gpu.rle import Bits
+from streamd.gpu.rle import Bits, EncodedMasks, join, pack, run_ends
 from streamd.messages import Letterbox, Picture
 
 # Candidates that are compared with each other at once: one square of overlaps that stays in the cache.
 _SWEEP_BLOCK = 256
+
+_NO_RUNS = np.empty(0, dtype=np.int64)
+
+MAX_BOX_SIDE_PX = 8192  # of what heat maps are stretched over
+_PIXELS_AT_ONCE = 1 << 20  # of stretched heat maps: 4 MB
 
 # Weights of red and blue in luma: ITU-R BT.601-7, section 2.5.1, and ITU-R BT.709-6, section 3.2.
 _LUMA_WEIGHTS = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722)}
@@ -29,18 +35,18 @@ def preprocess(
     colour: Literal["bgr", "rgb"],
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
-    pad: float,
+    pad: tuple[float, float, float],
 ) -> None:
     """Fill each slot of `out` with one picture: upright, letterboxed, in `colour` order, (value - mean) / std.
 
     `out` [B, 3, H, W] is float32 or float16, contiguous or channels_last; what it held before does not matter.
-    `mean` and `std` are in the order of `colour`; they and `pad` are in 0..255.
+    `mean`, `std` and `pad` are in the order of `colour` and in 0..255.
 
     Every plane is stretched to the letterbox, bilinearly with half-pixel centres and without antialiasing; only
     then are the planes mixed to R'G'B' and clamped. Chroma is thereby taken as centred between its luma samples.
     """
-    centre, spread = (torch.tensor(values, device=out.device)[:, None, None] for values in (mean, std))
-    padding = (pad - centre) / spread
+    centre, spread, outside = (torch.tensor(values, device=out.device)[:, None, None] for values in (mean, std, pad))
+    padding = (outside - centre) / spread
     is_plain = not centre.any() and bool((spread == 1).all())
     for slot, picture, letterbox in zip(out, pictures, letterboxes, strict=True):
         channels = _resized(picture, letterbox.height, letterbox.width, colour)
@@ -72,7 +78,7 @@ def _resized(picture: Picture, height: int, width: int, colour: Literal["bgr", "
     # contiguous ones it is nearly three times slower per plane.
     chroma = chroma.to(torch.float32, memory_format=torch.contiguous_format)[:, None]
     stretched = torch.cat((_resize(luma, height, width), _resize(chroma, height, width)))
-    weights, offset = _from_ycbcr(picture.matrix, picture.full_range, colour, luma.device)
+    weights, offset = from_ycbcr(picture.matrix, picture.full_range, colour, luma.device)
     return torch.addmm(offset, weights, stretched.view(3, -1)).clamp_(0, 255).view(3, height, width)
 
 
@@ -81,7 +87,7 @@ def _resize(planes: Tensor, height: int, width: int) -> Tensor:
 
 
 @cache
-def _from_ycbcr(
+def from_ycbcr(
     matrix: Literal["bt601", "bt709"], full_range: bool, colour: Literal["bgr", "rgb"], device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return `weights` [3, 3] and `offset` [3, 1] of colour = weights @ ycbcr + offset, all in 0..255.
@@ -128,7 +134,7 @@ def nms(
     images = zip(_on_host(boxes.float()), _on_host(scores.float()), _on_host(labels), strict=True)
     keep = np.full((len(boxes), max_detections), -1, dtype=np.int64)
     count = np.zeros(len(boxes), dtype=np.int64)
-    limit, floor = _round_down_to_float32(iou_threshold), np.float32(score_threshold)
+    limit, floor = round_down_to_float32(iou_threshold), np.float32(score_threshold)
     for row, (image_boxes, image_scores, image_labels) in enumerate(images):
         ranking = _rank_candidates(image_boxes, image_scores, floor)
         kept = ranking[_sweep(image_boxes[ranking], image_labels[ranking], limit, max_detections)]
@@ -141,7 +147,7 @@ def _on_host(tensor: Tensor) -> np.ndarray:
     return tensor.detach().cpu().numpy()
 
 
-def _round_down_to_float32(threshold: float) -> np.float32:
+def round_down_to_float32(threshold: float) -> np.float32:
     """Return the largest float32 that is not above `threshold`.
 
     torchvision compares a float32 IoU with a double. Against this value a float32 comparison decides the same.
@@ -227,18 +233,76 @@ def _taps(position: Tensor, size: int) -> _Taps:
 
 
 def _sample(plane: Tensor, rows: _Taps, columns: _Taps) -> Tensor:
-    """Read `plane` bilinearly at every pair of a row and a column."""
-    lines = torch.lerp(plane.index_select(0, rows.lower), plane.index_select(0, rows.upper), rows.fraction[:, None])
-    return torch.lerp(lines.index_select(1, columns.lower), lines.index_select(1, columns.upper), columns.fraction)
+    """Read `plane` bilinearly at every pair of a row and a column.
+
+    In steps that are rounded one by one, which the kernel repeats; torch.lerp rounds as its vector unit likes.
+    """
+    left, right = plane.index_select(1, columns.lower), plane.index_select(1, columns.upper)
+    lines = left + (right - left) * columns.fraction
+    above, below = lines.index_select(0, rows.lower), lines.index_select(0, rows.upper)
+    return below.sub_(above).mul_(rows.fraction[:, None]).add_(above)
+
+
+def encode_prototype_masks(
+    prototypes: Tensor,
+    coefficients: Tensor,
+    boxes: Tensor,
+    valid: Tensor,
+    placements: Tensor,
+    *,
+    input_size: tuple[int, int],
+    threshold: float,
+    capacity: int,
+) -> EncodedMasks:
+    """Encode the masks of a batch, B images with N objects each, as COCO run lengths at source size.
+
+    `prototypes` [B, P, h, w], `coefficients` [B, N, P]; the mask of an object is cut at its box, as `paste_prototypes`
+    says. `boxes` [B, N, 4] float32 x1 y1 x2 y2 in source pixels; objects that are not `valid` [B, N] bool have no mask.
+    `placements` [B, 6 or more] float32: scale_x, scale_y, left, top of each letterbox, width and height of each frame,
+    which has fewer than 2^31 pixels and 2^16 rows. `capacity` is for how many runs there is room.
+    """
+    masks = (
+        paste_prototypes(prototypes[i], coefficients[i, kept], boxes[i, kept], placements[i], input_size, threshold)
+        for i, kept in enumerate(valid)
+    )
+    return _encode(masks, valid, placements, capacity)
+
+
+def encode_box_masks(
+    masks: Tensor, boxes: Tensor, valid: Tensor, placements: Tensor, *, threshold: float, capacity: int
+) -> EncodedMasks:
+    """Encode mask probabilities [B, N, S, S] over their boxes, as `paste_boxes` stretches them.
+
+    The other arguments are those of `encode_prototype_masks`; only width and height count of `placements`.
+    """
+    sizes = placements[:, 4:6].int().tolist()
+    pasted = (
+        paste_boxes(masks[i, kept], boxes[i, kept], width, height, threshold)
+        for i, (kept, (width, height)) in enumerate(zip(valid, sizes, strict=True))
+    )
+    return _encode(pasted, valid, placements, capacity)
+
+
+def _encode(masks: Iterable[list[Bits]], valid: Tensor, placements: Tensor, capacity: int) -> EncodedMasks:
+    """Encode the masks of each image's valid objects; nothing where they have more than `capacity` runs."""
+    ends = []
+    for pasted, (width, height), kept in zip(masks, placements[:, 4:6].int().tolist(), valid.tolist(), strict=True):
+        bits = iter(pasted)
+        ends += [run_ends(next(bits), height, width) if is_valid else _NO_RUNS for is_valid in kept]
+    runs, offsets = join(ends)
+    num_runs = torch.tensor(len(runs))
+    if num_runs > capacity:
+        runs, offsets = runs[:0], np.zeros_like(offsets)
+    characters, offsets = pack(runs, offsets)
+    encoded = (torch.from_numpy(characters), torch.from_numpy(offsets), num_runs)
+    return EncodedMasks(*(tensor.to(valid.device) for tensor in encoded))
 
 
 def paste_prototypes(
     prototypes: Tensor,
     coefficients: Tensor,
     boxes: Tensor,
-    letterbox: Letterbox,
-    width: int,
-    height: int,
+    placement: Tensor,
     input_size: tuple[int, int],
     threshold: float,
 ) -> list[Bits]:
@@ -246,26 +310,21 @@ def paste_prototypes(
 
     A pixel is set if its centre lies in the box (x1 <= x + 0.5 < x2) and the logit sampled there is above
     logit(threshold). The sample is bilinear between the prototypes' half-pixel centres, clamped at their border:
-    input = source * (scale_x, scale_y) + (left, top), prototype = input * (w / input width). `input_size` is
-    (height, width).
+    input = source * (scale_x, scale_y) + (left, top), prototype = input * (w / input width). `placement` holds these
+    four and the width and height of the frame, `input_size` is (height, width).
     """
+    width, height = placement[4:6].int().tolist()
     grid_height, grid_width = prototypes.shape[-2:]
-    logits = torch.tensordot(coefficients.float(), prototypes.float(), dims=1)
-    limit = torch.logit(torch.tensor(threshold, dtype=torch.float64)).item()
-    rows = _prototype_taps(height, letterbox.scale_y, letterbox.top, grid_height, input_size[0], logits.device)
-    columns = _prototype_taps(width, letterbox.scale_x, letterbox.left, grid_width, input_size[1], logits.device)
+    logits = (coefficients @ prototypes.flatten(1)).float().unflatten(1, (grid_height, grid_width))
+    limit = logit(threshold)
+    scale_x, scale_y, left, top = placement[:4]
+    rows = _taps((_centres(0, height, boxes) * scale_y + top) * (grid_height / input_size[0]) - 0.5, grid_height)
+    columns = _taps((_centres(0, width, boxes) * scale_x + left) * (grid_width / input_size[1]) - 0.5, grid_width)
     first, last = (boxes[:, :2] - 0.5).ceil(), (boxes[:, 2:] - 0.5).ceil()
     return [
-        Bits(x0, y0, _sample(logit, rows.part(y0, y1), columns.part(x0, x1)) > limit)
-        for logit, (x0, y0, x1, y1) in zip(logits, _regions(boxes, first, last, width, height), strict=True)
+        Bits(x0, y0, _sample(plane, rows.part(y0, y1), columns.part(x0, x1)) > limit)
+        for plane, (x0, y0, x1, y1) in zip(logits, _regions(boxes, first, last, width, height), strict=True)
     ]
-
-
-def _prototype_taps(
-    source: int, scale: float, offset: int, grid: int, network_input: int, device: torch.device
-) -> _Taps:
-    centres = torch.arange(source, device=device) + 0.5
-    return _taps((centres * scale + offset) * (grid / network_input) - 0.5, grid)
 
 
 def paste_boxes(masks: Tensor, boxes: Tensor, width: int, height: int, threshold: float) -> list[Bits]:
@@ -279,14 +338,23 @@ def paste_boxes(masks: Tensor, boxes: Tensor, width: int, height: int, threshold
     padded = F.pad(masks.float(), (1, 1, 1, 1))
     regions = _regions(boxes, boxes[:, :2].floor() - 1, boxes[:, 2:].ceil() + 1, width, height)
     pasted = []
-    for mask, (x1, y1, x2, y2), (left, top, right, bottom) in zip(padded, boxes.tolist(), regions, strict=True):
-        centres_x = torch.arange(left, right, device=masks.device) + 0.5
-        centres_y = torch.arange(top, bottom, device=masks.device) + 0.5
+    for mask, (x1, y1, x2, y2), (left, top, right, bottom) in zip(padded, boxes, regions, strict=True):
         # +0.5: -0.5 from the first half-pixel centre, and +1 for the ring of zeros.
-        columns = _taps((centres_x - x1) / (x2 - x1) * size + 0.5, size + 2)
-        rows = _taps((centres_y - y1) / (y2 - y1) * size + 0.5, size + 2)
+        columns = _taps((_centres(left, right, boxes) - x1) / (x2 - x1) * size + 0.5, size + 2)
+        rows = _taps((_centres(top, bottom, boxes) - y1) / (y2 - y1) * size + 0.5, size + 2)
         pasted.append(Bits(left, top, _sample(mask, rows, columns) >= threshold))
     return pasted
+
+
+def logit(probability: float) -> float:
+    """Return what the sigmoid makes `probability` of: -inf for 0, inf for 1."""
+    if 0 < probability < 1:
+        return math.log(probability / (1 - probability))
+    return math.copysign(math.inf, probability - 0.5)
+
+
+def _centres(first: int, last: int, like: Tensor) -> Tensor:
+    return torch.arange(first, last, device=like.device) + 0.5
 
 
 def _regions(boxes: Tensor, first: Tensor, last: Tensor, width: int, height: int) -> list[list[int]]:
@@ -298,17 +366,34 @@ def _regions(boxes: Tensor, first: Tensor, last: Tensor, width: int, height: int
     return corners.int().tolist()
 
 
-def rle(bits: Bits, height: int, width: int) -> np.ndarray:
-    """Return COCO's run lengths [R] uint32 of the whole height x width mask, down the columns, zeros first."""
-    rows, columns = bits.bits.shape
-    # One zero below each column ends its runs; a region as tall as the frame has none, since runs go on in the next.
-    pitch = rows + (rows < height)
-    line = np.zeros(columns * pitch + 2, dtype=bool)
-    line[1:-1].reshape(columns, pitch)[:, :rows] = bits.bits.cpu().numpy().T
-    column, row = np.divmod(np.flatnonzero(line[1:] != line[:-1]), pitch)
-    edges = (bits.x0 + column) * height + bits.y0 + row
-    end = height * width
-    stops = edges if len(edges) and edges[-1] == end else np.append(edges, end)
-    counts = stops.astype(np.uint32)
-    counts[1:] -= counts[:-1].copy()
-    return counts
+def locate_keypoints(heatmaps: Tensor, boxes: Tensor) -> Tensor:
+    """Find the point of each heat map [B, N, J, S, S] over its box [B, N, 4]: x, y and score, [B, N, J, 3] float32.
+
+    As Detectron2's `heatmaps_to_keypoints`: the logits are stretched to the box's size, rounded up to whole pixels, and
+    the centre of the best one counts, the first of equals. Its score is exp(best) / sum(exp(logits)), of the logits
+    before they were stretched. x and y are in the pixels of the boxes. A box without area, with a side above
+    MAX_BOX_SIDE_PX, or with a NaN gets zeros.
+    """
+    points = torch.zeros((*heatmaps.shape[:3], 3), device=heatmaps.device)
+    sides = boxes[..., 2:] - boxes[..., :2]
+    taken = ((sides > 0) & (sides <= MAX_BOX_SIDE_PX)).all(-1)
+    for image, index in taken.nonzero().tolist():
+        side = sides[image, index].float().clamp(min=1)
+        width, height = side.ceil().int().tolist()
+        logits = heatmaps[image, index].float()
+        pixel, best = _peaks(logits, height, width)
+        at = torch.stack((pixel % width, pixel // width), dim=-1) + 0.5
+        points[image, index, :, :2] = at * (side / side.ceil()) + boxes[image, index, :2]
+        points[image, index, :, 2] = 1 / (logits - best[:, None, None]).exp().sum((1, 2))
+    return points
+
+
+def _peaks(logits: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Stretch maps [J, S, S], a few at a time, and return the best pixel of each, row by row, and its value."""
+    at_once = max(1, _PIXELS_AT_ONCE // (height * width))
+    peaks = []
+    for part in logits.split(at_once):
+        stretched = F.interpolate(part[None], (height, width), mode="bicubic", align_corners=False)[0].flatten(1)
+        peaks.append((stretched.argmax(1), stretched.amax(1)))
+    pixels, values = zip(*peaks, strict=True)
+    return torch.cat(pixels), torch.cat(values)

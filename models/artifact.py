@@ -7,6 +7,7 @@ another format is a change of this file. Nothing is ever unpickled.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
 import os
 import tempfile
@@ -21,12 +22,16 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+import streamd.gpu.ops  # noqa: F401  registers streamd::nms, which some models call
 from streamd.errors import ModelError
-from streamd.models import BUILDERS
+from streamd.messages import RawOutput
+from streamd.models import BUILDERS, trial
+from streamd.models.contract import describe_wrong_spec, pack
 from streamd.models.spec import ModelSpec
 
 FORMAT = 1  # of what `export` writes; counted up when artifacts made before must be made again
 SPEC_FILE = "streamd.json"
+_METHODS = ("masks", "keypoints")  # beside `forward`; a model has those that its spec says
 TOLERANCE = 5e-4  # between a network and its artifact; float32 rounding alone gives up to 4.3e-4
 
 _LOCK = threading.Lock()
@@ -80,31 +85,43 @@ def read_spec(path: Path) -> ModelSpec:
 
 
 def load(
-    path: Path, device: torch.device | str = "cpu", *, optimized: bool = False
+    path: Path,
+    device: torch.device | str = "cpu",
+    *,
+    optimized: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.jit.ScriptModule, ModelSpec]:
     """Load a model onto `device` and check one forward pass against its spec; any thread may call.
 
-    `optimized` gives what `optimize` makes of it, and the pass is then the first of its warm-up. Raises ModelError if
-    the file is missing, damaged or foreign, or does not do what its spec says.
+    Its weights become `dtype`, and its images must be. `optimized` gives what `optimize` makes of it, and the pass is
+    then the first of its warm-up. Raises ModelError if the file is missing, damaged or foreign, or does not do what its
+    spec says.
     """
     spec = read_spec(path)
     try:
-        images = torch.zeros(1, 3, *spec.input_size, device=device)
+        inputs = trial.Inputs.blank(spec, device, dtype)
     except (RuntimeError, AssertionError) as err:  # a torch that was built without CUDA asserts
         raise ModelError(f"{path}: cannot be loaded onto the device {device}: {_last_line(err)}") from err
-    module = _load_module(path, device)
+    module = _load_module(path, device).to(dtype)
     if optimized:
         module = optimize(module)
     try:
         with torch.inference_mode():
-            output = module(images)
+            trial.run(module, inputs, spec, path)
     except RuntimeError as err:
         raise ModelError(
-            f"{path}: forward failed on images of shape {list(images.shape)}, the input_size of its {SPEC_FILE}: "
-            f"{_last_line(err)}. Export the model again"
+            f"{path}: the model failed on images of shape {list(inputs.images.shape)}, the input_size of its "
+            f"{SPEC_FILE}: {_last_line(err)}. Export the model again"
         ) from err
-    check_output(output, spec, num_images=1, path=path)
     return module, spec
+
+
+def forward(module: torch.jit.ScriptModule, spec: ModelSpec, images: Tensor, sizes: Tensor) -> RawOutput:
+    """Run a loaded model on `images` [B,3,H,W].
+
+    `sizes` [B,2] float32: height and width of each picture inside its padding; read by sized models alone.
+    """
+    return pack(module(images, sizes) if spec.sized else module(images))
 
 
 def optimize(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
@@ -113,89 +130,87 @@ def optimize(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
     Its weights are in channels_last memory, those of `module` too, which stays usable. Images may be in either: three
     channels are quickly turned, and planes are quicker to write.
     """
+    methods = [name for name in _METHODS if hasattr(module, name)]
     with _torch_jit():
-        frozen: torch.jit.ScriptModule = torch.jit.freeze(module.eval().to(memory_format=torch.channels_last))
-    return frozen
-
-
-def check_output(output: object, spec: ModelSpec, num_images: int, path: Path) -> None:
-    """Raise ModelError unless the output of `forward` has the names and shapes that `spec` promises."""
-    names = ["boxes", "scores"] + (["prototypes", "coefficients"] if spec.masks else [])
-    if not isinstance(output, dict) or not all(isinstance(output.get(name), Tensor) for name in names):
-        got = sorted(map(str, output)) if isinstance(output, dict) else type(output).__name__
-        raise ModelError(f"{path}: forward must return a dict of tensors with the keys {names}, got {got}")
-    shapes: dict[str, list[int]] = {name: list(output[name].shape) for name in names}
-    num_candidates = shapes["boxes"][1] if len(shapes["boxes"]) == 3 else -1
-    expected = {
-        "boxes": [num_images, num_candidates, 4],
-        "scores": [num_images, num_candidates, len(spec.labels)],
-    }
-    if spec.masks:
-        num_prototypes = shapes["coefficients"][-1] if shapes["coefficients"] else -1
-        expected["coefficients"] = [num_images, num_candidates, num_prototypes]
-        expected["prototypes"] = [num_images, num_prototypes, *shapes["prototypes"][-2:]]
-    wrong = [f"{name} is {shapes[name]}" for name in names if shapes[name] != expected[name]]
-    if wrong:
-        want = "boxes [B,K,4], scores [B,K,labels]"
-        if spec.masks:
-            want += ", prototypes [B,P,h,w], coefficients [B,K,P]"
-        raise ModelError(
-            f"{path}: forward gives wrong shapes for {num_images} image(s) and {len(spec.labels)} labels: "
-            f"{'; '.join(wrong)}; want {want}"
+        frozen: torch.jit.ScriptModule = torch.jit.freeze(
+            module.eval().to(memory_format=torch.channels_last), preserved_attrs=methods
         )
+    return frozen
 
 
 def _trace(network: nn.Module, spec: ModelSpec, path: Path) -> bytes:
     # Two images: some operators treat a batch of one differently, and a trace would keep that.
-    images = _example_images(spec, 2)
+    inputs = trial.Inputs.noise(spec, num_images=2, num_boxes=5)
     with torch.no_grad():
         try:
-            check_output(network(images), spec, num_images=2, path=path)
+            output = trial.run(network, inputs, spec, path)
         except RuntimeError as err:
             raise ModelError(
-                f"{path}: the network does not accept images of shape {list(images.shape)}: {_last_line(err)}"
+                f"{path}: the network does not accept images of shape {list(inputs.images.shape)}: {_last_line(err)}"
             ) from err
+        arguments = {"forward": inputs.forward, **inputs.of_methods(spec, output)}
         with _torch_jit():
             # strict=False allows the dict of outputs; _compare does what check_trace would do, at other batch sizes.
-            module = torch.jit.trace(network, images, strict=False, check_trace=False)
+            module = torch.jit.trace_module(network, arguments, strict=False, check_trace=False)
+            _follow_device(module, path)
             buffer = io.BytesIO()
             torch.jit.save(module, buffer, _extra_files={SPEC_FILE: msgspec.json.encode(spec)})
     return buffer.getvalue()
 
 
+def _follow_device(module: torch.jit.ScriptModule, path: Path) -> None:
+    """Let what a trace wrote down as a fixed device be the device of an input.
+
+    Tracing turns `torch.arange(n, device=x.device)` into a call for the device of the export.
+    """
+    for name, part in module.named_modules():
+        for method in part._c._method_names():
+            graph = part._c._get_method(method).graph
+            tensors = [value for value in graph.inputs() if value.type().isSubtypeOf(torch._C.TensorType.get())]
+            for constant in graph.findAllNodes("prim::Constant"):
+                if constant.output().type().kind() != "DeviceObjType":
+                    continue
+                if not tensors:
+                    raise ModelError(
+                        f"{path}: not written: {name or 'the network'} makes tensors of nothing but numbers, so that "
+                        "they would stay on the CPU; keep them as buffers or derive them from an input"
+                    )
+                device = graph.create("prim::device", [tensors[0]], 1)
+                device.output().setType(torch._C.DeviceObjType.get())
+                constant.output().replaceAllUsesWith(device.insertBefore(constant).output())
+
+
 def _compare(network: nn.Module, written: Path, spec: ModelSpec, path: Path) -> None:
     module = _load_module(written, "cpu")
-    for num_images in (1, 3):
-        images = _example_images(spec, num_images)
+    for num_images, num_boxes in ((1, 3), (3, 8)):
+        inputs = trial.Inputs.noise(spec, num_images, num_boxes)
         with torch.inference_mode():
-            expected = network(images)
+            expected = trial.run(network, inputs, spec, path)
             try:
-                output = module(images)
+                output = trial.run(module, inputs, spec, path)
             except RuntimeError as err:
                 raise ModelError(
                     f"{path}: not written: traced with 2 images, the network fails with {num_images} "
                     f"({_last_line(err)}); its forward must not depend on the batch size"
                 ) from err
-        check_output(output, spec, num_images, path)
         for name, tensor in expected.items():
-            if not torch.allclose(output[name], tensor, rtol=1e-4, atol=TOLERANCE):
-                difference = (output[name] - tensor).abs().max().item()
-                raise ModelError(
-                    f"{path}: not written: with {num_images} image(s) the artifact's {name} differs from the "
-                    f"network's by {difference:.2g} (at most {TOLERANCE:.0e}); its forward must not depend on the "
-                    "values or the number of the images, and its weights must be finite"
-                )
+            _check_equal(name, output[name], tensor, f"{path}: not written: with {num_images} image(s)")
 
 
-def _example_images(spec: ModelSpec, num_images: int) -> Tensor:
-    """Make noise that is normalised as `spec` says: [B,3,H,W], the same at each call."""
-    pixels = torch.rand(num_images, 3, *spec.input_size, generator=torch.Generator().manual_seed(0)) * 255
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (spec.mean, spec.std))
-    return (pixels - mean) / std
+def _check_equal(name: str, got: Tensor, expected: Tensor, where: str) -> None:
+    """Raise ModelError unless an output of the artifact is the network's."""
+    if got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-4, atol=TOLERANCE):
+        return
+    difference = (got - expected).abs().max().item() if got.shape == expected.shape else float("inf")
+    raise ModelError(
+        f"{where} the artifact's {name} differs from the network's by {difference:.2g} (at most {TOLERANCE:.0e}); "
+        "its forward must not depend on the values or the number of the images, and its weights must be finite"
+    )
 
 
 def _load_module(path: Path, device: torch.device | str) -> torch.jit.ScriptModule:
     try:
+        _load_operators(path)
         with _torch_jit():
             module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location=device)
     except (RuntimeError, ValueError, OSError) as err:
@@ -205,6 +220,23 @@ def _load_module(path: Path, device: torch.device | str) -> torch.jit.ScriptModu
         ) from err
     module.eval()
     return module
+
+
+def _load_operators(path: Path) -> None:
+    """Load torchvision's operators if the model calls any.
+
+    Its library alone: the whole package takes about two seconds to import.
+    """
+    with zipfile.ZipFile(path) as archive:
+        code = (archive.read(name) for name in archive.namelist() if "/code/" in name and name.endswith(".py"))
+        if not any(b"ops.torchvision." in text for text in code):
+            return
+    found = importlib.util.find_spec("torchvision")
+    libraries = sorted(Path(found.origin).parent.glob("_C*.so")) if found and found.origin else []
+    for library in libraries:
+        torch.ops.load_library(str(library))
+    if not libraries:
+        importlib.import_module("torchvision")
 
 
 def _read_spec_file(path: Path) -> bytes:
@@ -249,18 +281,7 @@ def export_command(checkpoint: Path | None = None) -> str:
 
 
 def _check_spec(spec: ModelSpec, path: Path) -> None:
-    wrong = None
-    if spec.schema != 1:
-        wrong = f"schema is {spec.schema}, this streamd reads 1"
-    elif not spec.labels:
-        wrong = "labels is empty"
-    elif min(spec.input_size) < 1:
-        wrong = f"input_size is {list(spec.input_size)}, both must be positive"
-    elif 0.0 in spec.std:
-        wrong = "std holds a 0, which would be divided by"
-    elif (spec.task == "segment") != (spec.masks is not None):
-        wrong = f"task is {spec.task!r} {'without' if spec.masks is None else 'with'} a mask rule"
-    if wrong:
+    if wrong := describe_wrong_spec(spec):
         raise ModelError(f"{path}: its {SPEC_FILE} is wrong: {wrong}. Export the model again")
 
 

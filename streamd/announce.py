@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 
 from streamd import wire
-from streamd.messages import Result, Status
+from streamd.messages import Detections, Result, Rle, StageTimes, Status
 from streamd.models.spec import ModelSpec
 from streamd.publish import Outgoing
 
@@ -39,7 +40,7 @@ class Announcer:
         seq = self._next_seq.get(stream, 0)
         self._next_seq[stream] = seq + 1
         self.num_objects += len(result.detections)
-        return wire.detections_message(result, seq, spec.labels, spec.weights_sha256)
+        return detections_message(result, seq, spec.labels, spec.weights_sha256, spec.semantic_labels)
 
     def result(self, result: Result) -> None:
         """Publish a result."""
@@ -47,8 +48,109 @@ class Announcer:
 
     def status(self, status: Status) -> None:
         """Publish a stream's state."""
-        self._send(Outgoing(status.stream, "status", wire.encode(wire.status_message(status), self._format)))
+        self._send(Outgoing(status.stream, "status", wire.encode(status_message(status), self._format)))
 
     def _send(self, outgoing: Outgoing) -> None:
         for outlet in self._outlets:
             outlet(outgoing)
+
+
+def detections_message(
+    result: Result, seq: int, labels: Sequence[str], sha256: str, semantic_labels: Sequence[str] = ()
+) -> wire.DetectionsMessage:
+    """Put a result into wire form, rounded to what a detector can know: 0.01 px, 4 digits of score, 0.01 ms.
+
+    `semantic_labels` name the segments that are no things.
+    """
+    frame, detections = result.frame, result.detections
+    return wire.DetectionsMessage(
+        schema=wire.SCHEMA,
+        stream=frame.stream,
+        seq=seq,
+        epoch=frame.stamp.epoch,
+        pts=round(frame.pts_s, 6),
+        captured_at=_utc(frame.stamp.captured_at),
+        clock=frame.stamp.clock,
+        width=frame.width,
+        height=frame.height,
+        model=wire.ModelName(name=result.model, sha256=sha256),
+        objects=_objects(detections, labels),
+        segments=_segments(detections, labels, semantic_labels),
+        ms=_milliseconds(result.times),
+        dropped=result.dropped,
+    )
+
+
+def status_message(status: Status) -> wire.StatusMessage:
+    """Put a status into wire form."""
+    return wire.StatusMessage(
+        schema=wire.SCHEMA,
+        stream=status.stream,
+        state=str(status.state),
+        reason=status.reason,
+        decoder=status.decoder,
+        at=_utc(status.at),
+        retry_in_s=None if status.retry_in_s is None else round(status.retry_in_s, 2),
+        reconnects=status.reconnects,
+        frames=status.frames,
+        dropped=status.dropped,
+        corrupt=status.corrupt,
+    )
+
+
+def _objects(detections: Detections, labels: Sequence[str]) -> tuple[wire.DetectedObject, ...]:
+    boxes, scores, label_ids = detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist()
+    rles = (None,) * len(detections) if detections.masks is None else detections.masks
+    poses = (None,) * len(detections) if detections.keypoints is None else detections.keypoints.tolist()
+    return tuple(
+        wire.DetectedObject(
+            label=labels[label_id],
+            label_id=label_id,
+            score=round(score, 4),
+            box=(round(x1, 2), round(y1, 2), round(x2, 2), round(y2, 2)),
+            mask=None if rle is None else _mask(rle),
+            keypoints=None if pose is None else tuple(map(_point, pose)),
+        )
+        for (x1, y1, x2, y2), score, label_id, rle, pose in zip(boxes, scores, label_ids, rles, poses, strict=True)
+    )
+
+
+def _point(values: tuple[float, float, float]) -> wire.Point:
+    x, y, score = values
+    return round(x, 2), round(y, 2), min(round(score, 4), 1.0)  # a sharp peak's score may be a little above 1
+
+
+def _segments(
+    detections: Detections, labels: Sequence[str], semantic_labels: Sequence[str]
+) -> tuple[wire.Segment, ...] | None:
+    if detections.segments is None:
+        return None
+    return tuple(
+        wire.Segment(
+            label=(labels if segment.is_thing else semantic_labels)[segment.label],
+            label_id=segment.label,
+            thing=segment.is_thing,
+            area=segment.area,
+            object=segment.detection,
+            mask=_mask(segment.mask),
+        )
+        for segment in detections.segments
+    )
+
+
+def _mask(rle: Rle) -> wire.Mask:
+    return wire.Mask(size=(rle.height, rle.width), counts=rle.counts.decode("ascii"))
+
+
+def _milliseconds(times: StageTimes) -> wire.Milliseconds:
+    return wire.Milliseconds(
+        decode=round(times.decode, 2),
+        wait=round(times.wait, 2),
+        infer=round(times.infer, 2),
+        post=round(times.post, 2),
+        total=round(times.total, 2),
+    )
+
+
+def _utc(unix_s: float) -> str:
+    return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

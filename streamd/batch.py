@@ -1,4 +1,4 @@
-"""Which frames go together, and when; then their place in one tensor.
+"""Which frames go together, and when.
 
 The first hand-over point between threads: stream threads `offer`, inference workers `take`.
 """
@@ -10,14 +10,8 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from streamd.messages import Batch, Frame
-
-if TYPE_CHECKING:
-    import torch
-
-    from streamd.models.spec import ModelSpec
+from streamd.messages import Frame
 
 _FAST_QUEUE_FRAMES = 8  # of a file that is read as fast as the model can: enough for one batch ahead
 
@@ -143,33 +137,3 @@ class Batcher:
                 self._mailboxes.move_to_end(name)
             waiting = [name for name in waiting if self._mailboxes[name].frames]
         return picked
-
-
-class Assembler:
-    """Letterbox and normalise frames into one tensor; owned by one worker, which reuses its memory."""
-
-    def __init__(self, spec: ModelSpec, max_batch: int, device: torch.device, dtype: torch.dtype) -> None:
-        import torch  # here, so that scheduling is tested without it
-
-        from streamd.gpu.reference import preprocess
-
-        height, width = spec.input_size
-        self._spec = spec
-        self._preprocess = preprocess
-        self._images = torch.empty((max_batch, 3, height, width), dtype=dtype, device=device)
-
-    def assemble(self, frames: Sequence[Frame]) -> Batch:
-        """Fill the slots of the batch; its images stay valid until the next call."""
-        spec = self._spec
-        images = self._images[: len(frames)]
-        letterboxes = tuple(spec.letterbox(frame.width, frame.height) for frame in frames)
-        self._preprocess(
-            [frame.picture for frame in frames],
-            letterboxes,
-            images,
-            colour=spec.colour,
-            mean=spec.mean,
-            std=spec.std,
-            pad=spec.resize.pad,
-        )
-        return Batch(tuple(frames), images, letterboxes)

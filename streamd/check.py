@@ -8,7 +8,7 @@ from rich.console import Console
 
 from streamd.config import Config
 from streamd.errors import SourceError
-from streamd.pipeline import Pipeline, first_frame
+from streamd.pipeline import Pipeline
 
 _MAX_AT_ONCE = 16
 
@@ -19,16 +19,16 @@ def check(config: Config, console: Console) -> int:
     Raises ModelError or ConfigError, as `run` would.
     """
     pipeline = Pipeline(config, deliver=lambda result: None)
-    for name, lane in pipeline.lanes.items():
+    for lane in pipeline.lanes:
         spec = lane.spec
         console.print(
-            f"ok    model {name}: {spec.name}, {spec.task}, {len(spec.labels)} labels, on {lane.model.device}",
+            f"ok    model {lane.name}: {spec.name}, {spec.task}, {len(spec.labels)} labels, on {lane.model.device}",
             soft_wrap=True,
             highlight=False,
             markup=False,
         )
     with ThreadPoolExecutor(max_workers=min(_MAX_AT_ONCE, len(config.streams))) as pool:
-        findings = pool.map(lambda name: _check_stream(name, config), config.streams)
+        findings = pool.map(lambda name: _check_stream(name, pipeline), config.streams)
         exit_code = 0
         for found, line in findings:
             console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -36,9 +36,9 @@ def check(config: Config, console: Console) -> int:
     return exit_code
 
 
-def _check_stream(name: str, config: Config) -> tuple[bool, str]:
+def _check_stream(name: str, pipeline: Pipeline) -> tuple[bool, str]:
     try:
-        frame, decoder = first_frame(name, config.streams[name])
+        frame, decoder = pipeline.first_frame(name)
     except SourceError as err:
         return False, f"FAIL  stream {name}: {err.state}: {err}"
     return True, f"ok    stream {name}: {frame.width}x{frame.height}, decoder {decoder}"

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from streamd import __version__
 from streamd.errors import ConfigError, ModelError, PublishError, StreamdError
+from streamd.import_commands import import_app, read_labels
 
 EXIT_CODES = """
 Exit codes: 0 all went well, 1 something failed while running (systemd restarts the daemon), 2 wrong usage,
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="About configuration files.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(config_app, name="config")
+app.add_typer(import_app, name="import")
 
 ConfigPath = Annotated[Path, typer.Argument(help="The YAML file.", metavar="CONFIG")]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="How much is logged to stderr.")]
@@ -185,16 +187,22 @@ def export(
     """
     from streamd.models.weights import export_checkpoint, find
 
-    names = None
-    if labels is not None:
-        try:
-            names = [line.strip() for line in labels.read_text().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as err:
-            raise ConfigError(f"{labels}: cannot read labels: {err}") from err
+    names = read_labels(labels)
     spec = export_checkpoint(variant, weights or find(variant), out, labels=names, num_prototypes=prototypes)
     print(
         f"{out}: {spec.name}, {spec.task}, {len(spec.labels)} labels, input {spec.input_size[1]}x{spec.input_size[0]}"
     )
+
+
+@app.command()
+def models() -> None:
+    """List the models that can be had by name, and those on this machine.
+
+    Example: streamd models
+    """
+    from streamd.known_models import show
+
+    show(Console())
 
 
 @app.command()

@@ -32,7 +32,14 @@ class ModelConfig(_Section):
     """One model and how it is run."""
 
     path: str = Field(description="An artifact (.pt) made by `streamd export`, or the name of a known model.")
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto, cpu, cuda or cuda:N; auto is every GPU, or else the CPU.",
+    )
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = Field(
+        "auto", description="auto: fp16 on a GPU, fp32 on a CPU."
+    )
     labels: list[str] | None = Field(None, description="Publish only these labels; all by default.")
     score_threshold: float | None = Field(None, ge=0, le=1, description="Least score; the model's own by default.")
     iou_threshold: float | None = Field(None, ge=0, le=1, description="NMS suppresses above it; the model's own.")

@@ -65,14 +65,14 @@ class Daemon:
                 on_crash=self._on_crash,
                 on_end=lambda: self.stop("all files came to their end"),
             )
-            self._announcer.know({name: lane.spec for name, lane in pipeline.lanes.items()})
+            self._announcer.know(pipeline.specs)
             pipeline.warm_up()
         except BaseException:
             self._stop_publishers(0.0)
             raise
         pipeline.start()
         self._notifier.send("READY=1", "STATUS=running")
-        logger.info("ready: %d streams, %d models", len(self._config.streams), len(pipeline.lanes))
+        logger.info("ready: %d streams, %d models", len(self._config.streams), len(pipeline.specs))
         return pipeline
 
     def _main_loop(self, pipeline: Pipeline) -> None:

@@ -23,6 +23,7 @@ from rich.text import Text
 from streamd.client import Subscription, subscribe
 from streamd.config import Config, ModelConfig, PublishConfig, StreamConfig, ZeroMqConfig
 from streamd.daemon import EXIT_OK, SHUTDOWN_DEADLINE_S, Daemon
+from streamd.decode import Decoders
 from streamd.draw import VideoWriter, annotate, caption, contact_sheet, load_library, save_png, to_rgb
 from streamd.errors import StreamdError
 from streamd.messages import Frame
@@ -231,7 +232,7 @@ def draw_files(recording: Recording, out: Path) -> tuple[Path, Path]:
 
 def clip_frames() -> Iterator[Frame]:
     """Decode the demo's clip once, as the daemon does."""
-    connection = connector("clip", StreamConfig(url=SecretStr(str(clip()))))(0)
+    connection = connector("clip", StreamConfig(url=SecretStr(str(clip()))), Decoders(torch.device("cpu")))(0)
     try:
         yield from (frame for frame in connection.frames() if frame is not None)
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
@@ -22,8 +21,6 @@ _LIMIT_S = 2.0  # for a program or a server that is asked
 _MIN_DRIVER = {13: 580, 12: 525}  # the least driver branch that runs a major version of CUDA
 _REDIS_URL = "redis://localhost:6379"
 _DECODERS = ("h264", "hevc", "mjpeg", "av1", "vp9")
-_NVDEC_CODECS = {"h264": 4, "hevc": 8, "av1": 11}  # cudaVideoCodec of NVIDIA's cuviddec.h
-_YUV420 = 1  # cudaVideoChromaFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,49 +123,15 @@ def _cuda_of_torch() -> int:
     return int((torch.version.cuda or "0").split(".")[0])
 
 
-class _DecodeCaps(ctypes.Structure):
-    """CUVIDDECODECAPS of NVIDIA's cuviddec.h, 88 bytes."""
-
-    _fields_ = (
-        ("codec", ctypes.c_int),
-        ("chroma", ctypes.c_int),
-        ("bit_depth_minus_8", ctypes.c_uint),
-        ("reserved", ctypes.c_uint * 3),
-        ("supported", ctypes.c_ubyte),
-        ("num_engines", ctypes.c_ubyte),
-        ("rest", ctypes.c_ubyte * 62),
-    )
-
-
 def _nvdec() -> Iterator[Finding]:
-    try:
-        cuda, cuvid = ctypes.CDLL("libcuda.so.1"), ctypes.CDLL("libnvcuvid.so.1")
-    except OSError as err:
-        library = str(err).split(":")[0]
-        advice = "it comes with NVIDIA's driver; in a container set NVIDIA_DRIVER_CAPABILITIES=compute,utility,video"
-        yield Finding("NVDEC", False, f"no {library}", advice)
-        return
-    context, device = ctypes.c_void_p(), ctypes.c_int()
-    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
-        yield Finding("NVDEC", False, "the driver finds no GPU", "see the row NVIDIA GPU")
-        return
-    if cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) or cuda.cuCtxPushCurrent_v2(context):
-        yield Finding("NVDEC", False, "the GPU gives no context", "is its memory full, or is it in exclusive mode?")
-        return
-    try:
-        caps = {name: _decode_caps(cuvid, codec) for name, codec in _NVDEC_CODECS.items()}
-    finally:
-        cuda.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
-        cuda.cuDevicePrimaryCtxRelease_v2(device)
-    decoded = [name for name, found in caps.items() if found.supported]
-    engines = max(found.num_engines for found in caps.values())
-    yield Finding("NVDEC", bool(decoded), f"{engines} engine(s), decodes {', '.join(decoded) or 'nothing'}")
+    from streamd.decode.probe import probe_nvdec
 
-
-def _decode_caps(cuvid: ctypes.CDLL, codec: int) -> _DecodeCaps:
-    """Ask the driver what it decodes of 8-bit 4:2:0 video; a codec that it does not know is not supported."""
-    caps = _DecodeCaps(codec=codec, chroma=_YUV420)
-    return caps if cuvid.cuvidGetDecoderCaps(ctypes.byref(caps)) == 0 else _DecodeCaps()
+    found = probe_nvdec()
+    if found.missing:
+        yield Finding("NVDEC", False, found.missing, found.advice)
+        return
+    codecs = ", ".join(sorted(found.codecs)) or "nothing"
+    yield Finding("NVDEC", bool(found.codecs), f"{found.num_engines} engine(s), decodes {codecs}")
 
 
 def _gpu_packages() -> Iterator[Finding]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import av
 import av.error
@@ -20,6 +20,8 @@ from streamd.gpu.reference import preprocess
 from streamd.messages import Letterbox, Picture
 
 if TYPE_CHECKING:
+    import supervision as sv
+
     from streamd.wire import DetectedObject, DetectionsMessage
 
 _TIME_BASE = Fraction(1, 90_000)  # the clock of MPEG and RTP: exact for every usual frame rate
@@ -32,6 +34,15 @@ _X264 = {
 }
 # By class. Bright, because cameras look at grass, asphalt and brick.
 _PALETTE = ("#00b0ff", "#ffb000", "#8cff66", "#ff6fae", "#c9a6ff", "#fff066", "#4de8c2", "#ff8a4c")
+# Which points a line joins, by the number of points: COCO's 17 of a person, from nose to right ankle.
+_LIMBS = {
+    17: (
+        *((15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8), (7, 9), (8, 10)),
+        *((1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6)),
+    )
+}
+_MIN_POINT_SCORE = 0.05  # a point below it may be anywhere
+_OPACITY = 0.45  # of masks and segments
 _GAP_PX = 4  # between the tiles of a contact sheet
 
 
@@ -47,32 +58,80 @@ def to_rgb(picture: Picture) -> np.ndarray:
         height, width = width, height
     image = torch.empty(1, 3, height, width, device=picture.planes[0].device)
     whole = Letterbox(scale_x=1.0, scale_y=1.0, left=0, top=0, width=width, height=height)
-    preprocess([picture], [whole], image, colour="rgb", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), pad=0.0)
+    preprocess([picture], [whole], image, colour="rgb", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), pad=(0.0, 0.0, 0.0))
     return image[0].permute(1, 2, 0).round_().to("cpu", torch.uint8).contiguous().numpy()
 
 
 def annotate(picture: np.ndarray, message: DetectionsMessage) -> np.ndarray:
-    """Return a copy of the frame's picture, uint8 RGB [H, W, 3], with masks, boxes and labels drawn onto it."""
+    """Return a copy of the frame's picture, uint8 RGB [H, W, 3], with all that was seen drawn onto it.
+
+    Segments, or else masks, then boxes, keypoints and labels.
+    """
     import supervision as sv
 
     found = message.to_supervision()
-    if not len(found):
-        return picture.copy()
-    drawn = picture[..., ::-1].copy()  # supervision's colours are for OpenCV's order
-    size = min(picture.shape[:2])
     palette = sv.ColorPalette.from_hex(list(_PALETTE))
-    if found.mask is not None:
-        drawn = sv.MaskAnnotator(palette, opacity=0.45).annotate(drawn, found)
-    drawn = sv.BoxAnnotator(palette, thickness=max(1, round(size / 300))).annotate(drawn, found)
-    labels = sv.RichLabelAnnotator(  # "rich": with PIL's font, which knows more than ASCII
+    drawn = picture[..., ::-1].copy()  # supervision's colours are for OpenCV's order
+    if message.segments:
+        drawn = _draw_segments(drawn, message, palette)
+    elif found.mask is not None:
+        drawn = sv.MaskAnnotator(palette, opacity=_OPACITY).annotate(drawn, found)
+    if len(found):
+        size = min(picture.shape[:2])
+        drawn = sv.BoxAnnotator(palette, thickness=max(1, round(size / 300))).annotate(drawn, found)
+        if any(one.keypoints for one in message.objects):
+            drawn = _draw_keypoints(drawn[..., ::-1], message)[..., ::-1].copy()
+        names = [_title(one) for one in message.objects]
+        drawn = _label_annotator(palette, size, smart_position=True).annotate(drawn, found, names)
+    return np.ascontiguousarray(drawn[..., ::-1])
+
+
+def _draw_segments(drawn: np.ndarray, message: DetectionsMessage, palette: sv.ColorPalette) -> np.ndarray:
+    """Colour all segments of a BGR picture, and name those that are no objects, for objects have a box with a name."""
+    import supervision as sv
+
+    segments = message.segments or ()
+    masks = np.stack([segment.mask.decode() for segment in segments])
+    class_id = np.array([segment.label_id for segment in segments])
+    regions = sv.Detections(sv.mask_to_xyxy(masks).astype(np.float32), masks, class_id=class_id)
+    drawn = sv.MaskAnnotator(palette, opacity=_OPACITY).annotate(drawn, regions)
+    is_stuff = np.array([not segment.thing for segment in segments])
+    if not is_stuff.any():
+        return drawn
+    stuff = sv.Detections(regions.xyxy[is_stuff], masks[is_stuff], class_id=class_id[is_stuff])
+    names = [segment.label for segment in segments if not segment.thing]
+    annotator = _label_annotator(palette, min(drawn.shape[:2]), text_position=sv.Position.CENTER_OF_MASS)
+    return annotator.annotate(drawn, stuff, names)
+
+
+def _label_annotator(palette: sv.ColorPalette, size: int, **placing: Any) -> sv.RichLabelAnnotator:
+    """Make what writes names, as large as suits a picture whose shorter side has `size` pixels."""
+    import supervision as sv
+
+    return sv.RichLabelAnnotator(  # "rich": with PIL's font, which knows more than ASCII
         palette,
         text_color=sv.Color.BLACK,
         font_size=max(9, round(size / 52)),
         text_padding=max(2, round(size / 250)),
-        smart_position=True,
+        **placing,
     )
-    drawn = labels.annotate(drawn, found, [_title(one) for one in message.objects])
-    return np.ascontiguousarray(drawn[..., ::-1])
+
+
+def _draw_keypoints(picture: np.ndarray, message: DetectionsMessage) -> np.ndarray:
+    """Return an RGB picture with the points of each object, joined where it is known how."""
+    image = Image.fromarray(picture)
+    pen = ImageDraw.Draw(image)
+    radius = max(1.5, min(image.size) / 160)
+    for found in message.objects:
+        points = found.keypoints or ()
+        sure = {index: point[:2] for index, point in enumerate(points) if point[2] >= _MIN_POINT_SCORE}
+        colour = _PALETTE[found.label_id % len(_PALETTE)]
+        for first, second in _LIMBS.get(len(points), ()):
+            if first in sure and second in sure:
+                pen.line((*sure[first], *sure[second]), fill=colour, width=max(1, round(radius)))
+        for x, y in sure.values():
+            pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour, outline="#101418")
+    return np.asarray(image)
 
 
 def _title(found: DetectedObject) -> str:

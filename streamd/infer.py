@@ -2,68 +2,89 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from streamd.errors import ConfigError, ModelError
-from streamd.messages import Batch, RawOutput
+from streamd.gpu.graph import Graph
+from streamd.messages import RawOutput
 from streamd.models import artifact
 
 logger = logging.getLogger(__name__)
 
-_BATCH_LADDER = (2, 4, 8, 16, 32)
+BATCH_LADDER = (1, 2, 4, 8, 16, 32)
 _WORTH_IT = 1.1  # a larger batch adds latency, so it must add this much throughput
 _NUM_WARM_UPS = 1  # TorchScript specialises a graph during its first two runs; the check at loading was the first
 _NUM_RUNS = 3
-_OUTPUTS = tuple(output.name for output in fields(RawOutput))
+_NUM_REPLAYS = 20
 Auto = Literal["auto"]
+Precision = Literal["auto", "fp32", "fp16", "bf16"]
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Model:
     """A loaded model on one device; any number of workers may run it at once."""
 
-    def __init__(self, path: Path, device: str = "auto") -> None:
-        """Load and optimise the artifact. Raises ModelError; ConfigError where there is no such device."""
+    def __init__(self, path: Path, device: str = "auto", precision: Precision = "auto") -> None:
+        """Load and optimise the artifact; `auto` is float16 on a GPU, float32 on a CPU.
+
+        Raises ModelError; ConfigError where there is no such device.
+        """
         self.device = _device(device)
-        self._module, self.spec = artifact.load(path, self.device, optimized=True)
+        self.dtype = (
+            _DTYPES["fp32" if self.device.type == "cpu" else "fp16"] if precision == "auto" else _DTYPES[precision]
+        )
+        self._module, self.spec = artifact.load(path, self.device, optimized=True, dtype=self.dtype)
         self.path = path
         for _ in range(_NUM_WARM_UPS):
-            self._run_to_end(self._blank(1))
+            self.run(*self._blank(1))
 
-    def run(self, batch: Batch) -> RawOutput:
-        """Run the network on `batch.images`; on a GPU this returns before the work is done."""
-        return self._forward(batch.images)
+    def run(self, images: torch.Tensor, sizes: torch.Tensor) -> RawOutput:
+        """Run the network on `images` [B, 3, H, W]; on a GPU this returns before the work is done.
 
-    def _forward(self, images: torch.Tensor) -> RawOutput:
+        `sizes` [B, 2] float32: height and width, in input pixels, of the picture within each image.
+        """
         try:
             with torch.inference_mode():
-                output = self._module(images)
-            return RawOutput(**{name: output[name] for name in _OUTPUTS if name in output})
+                return artifact.forward(self._module, self.spec, images, sizes)
         except RuntimeError as err:
             raise ModelError(f"{self.path}: forward failed on images of shape {list(images.shape)}: {err}") from err
 
+    def masks(self, features: Sequence[torch.Tensor], boxes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return mask probabilities [B, N, S, S] of boxes [B, N, 4] in input pixels, each for its label [B, N]."""
+        with torch.inference_mode():
+            return self._module.masks(list(features), boxes, labels)
+
+    def keypoints(self, features: Sequence[torch.Tensor], boxes: torch.Tensor) -> torch.Tensor:
+        """Return logits of heat maps [B, N, J, S, S] of boxes [B, N, 4] in input pixels."""
+        with torch.inference_mode():
+            return self._module.keypoints(list(features), boxes)
+
     def images_per_s(self, workers: int, threads: int, batch: int) -> float:
         """Measure throughput with so many workers at once, each with so many CPU threads."""
-        images = self._blank(batch)
+        images, sizes = self._blank(batch)
+        if self.device.type == "cuda":
+            return self._replayed_per_s(images, sizes)
         ready = threading.Barrier(workers + 1)
         failures: list[Exception] = []  # in a thread of its own, none may be lost
 
         def work() -> None:
             torch.set_num_threads(threads)
             try:
-                self._run_to_end(images)
+                self.run(images, sizes)
                 ready.wait()
                 for _ in range(_NUM_RUNS):
-                    self._run_to_end(images)
+                    self.run(images, sizes)
             except threading.BrokenBarrierError:
                 pass  # another worker failed
             except Exception as err:
@@ -82,13 +103,26 @@ class Model:
             raise failures[0]
         return workers * batch * _NUM_RUNS / (time.perf_counter() - started)
 
-    def _blank(self, num_images: int) -> torch.Tensor:
-        return torch.zeros((num_images, 3, *self.spec.input_size), device=self.device)
+    def _replayed_per_s(self, images: torch.Tensor, sizes: torch.Tensor) -> float:
+        """Measure on a GPU, as a graph where that is possible."""
+        stream = torch.cuda.Stream(self.device)
+        try:
+            run = Graph(lambda: self.run(images, sizes), stream).replay
+        except (RuntimeError, ModelError):
+            run = functools.partial(self.run, images, sizes)
+        with torch.cuda.stream(stream):
+            run()
+            stream.synchronize()
+            started = time.perf_counter()
+            for _ in range(_NUM_REPLAYS):
+                run()
+            stream.synchronize()
+        return len(images) * _NUM_REPLAYS / (time.perf_counter() - started)
 
-    def _run_to_end(self, images: torch.Tensor) -> None:
-        self._forward(images)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def _blank(self, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images = torch.zeros((num_images, 3, *self.spec.input_size), dtype=self.dtype, device=self.device)
+        sizes = torch.tensor([self.spec.input_size] * num_images, dtype=torch.float32, device=self.device)
+        return images, sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +178,7 @@ def choose_plan(model: Model, wish: Wish) -> Plan:
     best = min(plans, key=lambda plan: (not plan.fits(wish.budget_ms), plan.batch_ms))
     if wish.max_batch != "auto" or not best.fits(wish.budget_ms):
         return best
-    for size in _BATCH_LADDER:
+    for size in BATCH_LADDER[1:]:
         if size * best.workers > max(2, wish.num_streams):
             break
         larger = Plan(best.workers, best.threads, size, model.images_per_s(best.workers, best.threads, size))

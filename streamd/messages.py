@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import av
     import numpy as np
+    import torch
     from torch import Tensor
 
 Clock = Literal["sender", "arrival"]
@@ -46,6 +47,7 @@ class Picture:
     matrix: Literal["bt601", "bt709"]  # how Y'CbCr maps to R'G'B'; unused for rgb
     full_range: bool  # luma 0..255 instead of 16..235; unused for rgb
     rotation: Literal[0, 90, 180, 270]  # degrees counter-clockwise that the stored picture must turn to be upright
+    ready: torch.cuda.Event | None = None  # on a GPU: comes when the planes are whole, which may be later than now
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +109,18 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RawOutput:
-    """What a model says about a batch; the shapes are fixed by B, and nothing is on the host yet."""
+    """What a model says about a batch; the shapes are fixed by B, and nothing is on the host yet.
 
-    boxes: Tensor  # [B, K, 4] x1 y1 x2 y2 in input pixels
-    scores: Tensor  # [B, K, C] in 0..1
+    Candidates are boxes with a score for each of C labels, or, where `labels` is given, pairs of a box and a label.
+    """
+
+    boxes: Tensor  # [B, K, 4] x1 y1 x2 y2 in input pixels; K is 0 where the task is semantic
+    scores: Tensor  # [B, K, C] or, of pairs, [B, K]; in 0..1, or -inf for a candidate that takes no part
     prototypes: Tensor | None = None  # [B, P, h, w] mask basis over the whole input
     coefficients: Tensor | None = None  # [B, K, P]; mask logits = coefficients @ prototypes
+    labels: Tensor | None = None  # [B, K] int64
+    features: tuple[Tensor, ...] = ()  # [B, D, h, w] each: what the methods `masks` and `keypoints` pool from
+    semantic: Tensor | None = None  # [B, S, h, w] logits over the whole input
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,13 +133,26 @@ class Rle:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Segment:
+    """A region of one label; the segments of a frame do not overlap."""
+
+    label: int  # index into ModelSpec.labels for a thing, into ModelSpec.semantic_labels for stuff
+    is_thing: bool  # one object, not stuff such as grass
+    area: int  # source pixels
+    mask: Rle
+    detection: int | None = None  # of a thing: its row in the Detections
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Detections:
-    """The objects of one frame, on the host, by falling score. All fields share the length N."""
+    """What is in one frame, on the host: N objects by falling score, and regions that cover the frame."""
 
     boxes: np.ndarray  # [N, 4] float32 x1 y1 x2 y2 in source pixels, clipped to the frame
     scores: np.ndarray  # [N] float32 in 0..1
     labels: np.ndarray  # [N] int64, index into ModelSpec.labels
     masks: tuple[Rle, ...] | None = None  # N masks at source size
+    keypoints: np.ndarray | None = None  # [N, J, 3] float32 x, y in source pixels, not clipped, and score
+    segments: tuple[Segment, ...] | None = None  # of a panoptic or semantic model; any number
 
     def __len__(self) -> int:
         return len(self.boxes)

@@ -1,6 +1,7 @@
-"""The data path: streams into models into results. The only file that knows all the stages.
+"""The data path: streams into models into results. pipeline.py, lane.py and runner.py alone know the stages.
 
-Supervisor threads --Frame--> Batcher --frames--> workers: assemble, run, postprocess --Result--> deliver
+Supervisor threads --Frame--> Batcher --frames--> Runner --detections--> InOrder --Result--> deliver
+                              `----------------- a Lane for each model and device -----------------'
 """
 
 from __future__ import annotations
@@ -8,25 +9,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from os import PRIO_PROCESS, setpriority
-from typing import Any
-
-import torch
 
 from streamd.allocator import keep_freed_memory
-from streamd.batch import Assembler, Batcher
-from streamd.config import Config, ModelConfig, StreamConfig
-from streamd.decode import Choice, choose_decoder
-from streamd.errors import ConfigError, SourceError
-from streamd.in_order import InOrder
-from streamd.infer import Model, Plan, Wish, choose_plan
-from streamd.messages import Batch, Frame, RawOutput, Result, StageTimes, Status, StreamState
-from streamd.models import weights
-from streamd.models.spec import ModelSpec, NmsRule
-from streamd.postprocess import postprocess
+from streamd.config import Config, StreamConfig
+from streamd.decode import Decoder, Decoders, Wish
+from streamd.errors import SourceError
+from streamd.lane import Lane, devices
+from streamd.messages import Frame, Result, Status, StreamState
+from streamd.models.spec import ModelSpec
 from streamd.redact import register_url
 from streamd.sources import Source, SourceOptions, Timeline, open_source
 from streamd.supervisor import Policy, Supervisor
@@ -40,10 +35,14 @@ _DECODER_NICENESS = 5  # stream threads yield to the model's: a late frame costs
 class Connection:
     """An open source with its decoder, as a supervisor drives it."""
 
-    def __init__(self, source: Source, choice: Choice, stream: str, first_seq: int) -> None:
-        self.decoder = str(choice)
+    def __init__(self, source: Source, decoder: Decoder) -> None:
         self._source = source
-        self._decoder = choice.make(stream, source.video, first_seq)
+        self._decoder = decoder
+
+    @property
+    def decoder(self) -> str:
+        """Which decoder is at work, and why; another one may take over."""
+        return self._decoder.description
 
     def frames(self) -> Iterator[Frame | None]:
         """Yield each decoded frame, and None for a packet that completed none; begins at a key frame."""
@@ -63,14 +62,15 @@ class Connection:
         self._source.close()
 
 
-def connector(stream: str, config: StreamConfig) -> Callable[[int], Connection]:
+def connector(stream: str, config: StreamConfig, decoders: Decoders) -> Callable[[int], Connection]:
     """Make the function that connects a stream; its timeline lasts over all of its connections.
 
     Raises ConfigError where the wanted decoder cannot work here.
     """
     timeline = Timeline()
     register_url(config.url.get_secret_value())
-    choice = choose_decoder(config.decoder)
+    decoders.check(config.decoder)
+    wish = Wish(config.decoder, config.is_file, config.max_latency_ms / 1e3)
     options = SourceOptions(
         url=config.url.get_secret_value(),
         transport=config.transport,
@@ -80,84 +80,14 @@ def connector(stream: str, config: StreamConfig) -> Callable[[int], Connection]:
 
     def connect(first_seq: int) -> Connection:
         source = open_source(options, timeline)
-        return Connection(source, choice, stream, first_seq)
+        try:
+            choice = decoders.choose(wish, source.video.codec_context.name)
+            return Connection(source, choice.make(stream, source.video, first_seq))
+        except BaseException:
+            source.close()
+            raise
 
     return connect
-
-
-def first_frame(stream: str, config: StreamConfig) -> tuple[Frame, str]:
-    """Connect a stream and return its first frame and its decoder. Raises SourceError, or ConfigError."""
-    connection = connector(stream, config)(0)
-    deadline = time.monotonic() + config.open_timeout_s + config.stall_timeout_s
-    try:
-        for frame in connection.frames():
-            if frame is not None and not frame.corrupt:
-                return frame, connection.decoder
-            if time.monotonic() > deadline:
-                raise SourceError("packets come, but no frame that can be decoded", "waiting_keyframe")
-        raise SourceError("holds no frame that can be decoded", permanent=True)
-    finally:
-        connection.close()
-
-
-class Lane:
-    """One model with the streams that it serves and the workers that run it."""
-
-    def __init__(self, name: str, config: ModelConfig, deliver: Callable[[Result], None]) -> None:
-        """Load the model. Raises ModelError or ConfigError."""
-        self.name = name
-        self.config = config
-        self.model = Model(weights.resolve(config.path), config.device)
-        self.rule = _nms_rule(self.model.spec, config)
-        self._wanted = _wanted_labels(self.model.spec, config)
-        self._in_order = InOrder(deliver)
-        self.batcher = Batcher(on_take=self._in_order.expect)
-
-    @property
-    def spec(self) -> ModelSpec:
-        return self.model.spec
-
-    def plan(self, streams: Mapping[str, StreamConfig]) -> Plan:
-        """Warm the model up and choose how to run it for these streams."""
-        config = self.config
-        fast_files = any(stream.pace == "fast" for stream in streams.values())
-        return choose_plan(
-            self.model,
-            Wish(
-                max_batch=config.max_batch,
-                workers=config.workers,
-                threads=config.threads,
-                budget_ms=min(stream.max_latency_ms for stream in streams.values()),
-                num_streams=8 if fast_files else len(streams),
-            ),
-        )
-
-    def work(self, plan: Plan) -> None:
-        """Be a worker's thread: return when the batcher is closed and empty."""
-        torch.set_num_threads(plan.threads)
-        torch.set_flush_denormal(True)
-        assembler = Assembler(self.spec, plan.max_batch, self.model.device, torch.float32)
-        max_wait_s = self.config.max_wait_ms / 1e3
-        while frames := self.batcher.take(plan.max_batch, max_wait_s):
-            taken_ns = time.monotonic_ns()
-            batch = assembler.assemble(frames)
-            raw = self.model.run(batch)
-            inferred_ns = time.monotonic_ns()
-            self._in_order.complete(self._results(batch, raw, taken_ns, inferred_ns))
-
-    def _results(self, batch: Batch, raw: RawOutput, taken_ns: int, inferred_ns: int) -> list[Result]:
-        detections = postprocess(raw, batch, self.spec, self.rule, self._wanted)
-        done_ns = time.monotonic_ns()
-        return [
-            Result(
-                frame=frame,
-                detections=found,
-                times=_stage_times(frame, taken_ns, inferred_ns, done_ns),
-                dropped=self.batcher.num_dropped(frame.stream),
-                model=self.name,
-            )
-            for frame, found in zip(batch.frames, detections, strict=True)
-        ]
 
 
 @dataclass(slots=True)
@@ -197,10 +127,26 @@ class Pipeline:
         self._retry = retry
         self._ending = threading.Lock()
         self._num_ended = 0
-        used = dict.fromkeys(config.model_of(stream) for stream in config.streams)
-        self.lanes = {name: Lane(name, config.models[name], deliver) for name in used}
+        num_streams = Counter(config.model_of(stream) for stream in config.streams)
+        self._lanes = {
+            name: [Lane(name, config.models[name], device, deliver) for device in devices(config.models[name])[:count]]
+            for name, count in num_streams.items()
+        }
         self._workers: list[threading.Thread] = []
-        self._streams = {name: self._make_stream(name) for name in config.streams}
+        self._decoders = {lane.model.device: Decoders(lane.model.device) for lane in self.lanes}
+        self._streams: dict[str, _Stream] = {}
+        for name in config.streams:
+            self._streams[name] = self._make_stream(name)
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """All lanes: one for each model and device."""
+        return [lane for lanes in self._lanes.values() for lane in lanes]
+
+    @property
+    def specs(self) -> dict[str, ModelSpec]:
+        """What each model says of itself, by its name in the configuration."""
+        return {name: lanes[0].spec for name, lanes in self._lanes.items()}
 
     @property
     def num_running(self) -> int:
@@ -211,16 +157,30 @@ class Pipeline:
         """Describe every stream as it is now."""
         return [self._complete(stream.supervisor.status) for stream in self._streams.values()]
 
+    def first_frame(self, name: str) -> tuple[Frame, str]:
+        """Connect a stream that was not started; return its first frame and its decoder. Raises SourceError."""
+        config = self._config.streams[name]
+        device = self._streams[name].lane.model.device
+        connection = connector(name, config, self._decoders[device])(0)
+        deadline = time.monotonic() + config.open_timeout_s + config.stall_timeout_s
+        try:
+            for frame in connection.frames():
+                if frame is not None and not frame.corrupt:
+                    return frame, connection.decoder
+                if time.monotonic() > deadline:
+                    raise SourceError("packets come, but no frame that can be decoded", "waiting_keyframe")
+            raise SourceError("holds no frame that can be decoded", permanent=True)
+        finally:
+            connection.close()
+
     def warm_up(self) -> None:
         """Run each model until its settings are chosen, then start its workers."""
-        for lane in self.lanes.values():
+        for lane in self.lanes:
             served = {name: self._config.streams[name] for name, stream in self._streams.items() if stream.lane is lane}
             plan = lane.plan(served)
             logger.info("model %s: %s on %s: %s", lane.name, lane.spec.name, lane.model.device, plan)
-            for index in range(plan.workers):
-                worker = threading.Thread(
-                    target=self._guarded, args=(lane.work, plan), name=f"infer {lane.name} {index}", daemon=True
-                )
+            for name, work in lane.threads(plan).items():
+                worker = threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
                 worker.start()
                 self._workers.append(worker)
 
@@ -233,7 +193,7 @@ class Pipeline:
         """Ask the streams to end and take no more frames; what waits is still processed."""
         for stream in self._streams.values():
             stream.supervisor.stop()
-        for lane in self.lanes.values():
+        for lane in self.lanes:
             lane.batcher.close()
 
     def drain(self, deadline_s: float) -> list[str]:
@@ -242,11 +202,15 @@ class Pipeline:
 
     def join_sources(self, deadline_s: float) -> list[str]:
         """Wait for the streams' threads; return those that did not end in time (a camera that hangs in a read)."""
-        return _join([stream.thread for stream in self._streams.values()], deadline_s)
+        late = _join([stream.thread for stream in self._streams.values()], deadline_s)
+        for decoders in self._decoders.values():
+            decoders.close()
+        return late
 
     def _make_stream(self, name: str) -> _Stream:
         config = self._config.streams[name]
-        lane = self.lanes[self._config.model_of(name)]
+        lanes = self._lanes[self._config.model_of(name)]
+        lane = min(lanes, key=lambda lane: sum(stream.lane is lane for stream in self._streams.values()))
         lane.batcher.add(name, lossless=config.is_file and config.pace == "fast")
         supervisor = Supervisor(
             stream=name,
@@ -258,13 +222,13 @@ class Pipeline:
                 retry=self._retry,
                 stall_timeout_s=config.stall_timeout_s,
             ),
-            connect=connector(name, config),
+            connect=connector(name, config, self._decoders[lane.model.device]),
             hand_over=lane.batcher.offer,
             on_status=lambda status: self._on_status(self._complete(status)),
         )
         # Daemon threads only so that a camera that hangs in FFmpeg cannot keep a stopped process alive.
         thread = threading.Thread(
-            target=self._guarded, args=(self._run_stream, supervisor), name=f"stream {name}", daemon=True
+            target=self._guarded, args=(lambda: self._run_stream(supervisor),), name=f"stream {name}", daemon=True
         )
         return _Stream(supervisor, lane, thread)
 
@@ -283,11 +247,11 @@ class Pipeline:
         replaced = self._streams[status.stream].lane.batcher.num_dropped(status.stream)
         return replace(status, dropped=status.dropped + replaced)
 
-    def _guarded(self, target: Callable[[Any], None], argument: Any) -> None:
+    def _guarded(self, target: Callable[[], None]) -> None:
         """Be the top of a thread: what nobody expected ends the daemon, with a trace, instead of one thread."""
         name_thread(threading.current_thread().name)
         try:
-            target(argument)
+            target()
         except Exception as err:
             logger.exception("%s crashed", threading.current_thread().name)
             self._on_crash(err)
@@ -299,38 +263,3 @@ def _join(threads: list[threading.Thread], deadline_s: float) -> list[str]:
         if thread.ident is not None:
             thread.join(max(0.0, deadline - time.monotonic()))
     return [thread.name for thread in threads if thread.is_alive()]
-
-
-def _stage_times(frame: Frame, taken_ns: int, inferred_ns: int, done_ns: int) -> StageTimes:
-    arrived_ns = frame.stamp.arrived_ns
-    return StageTimes(
-        decode=frame.decode_ms,
-        wait=max(0.0, (taken_ns - arrived_ns) / 1e6 - frame.decode_ms),
-        infer=(inferred_ns - taken_ns) / 1e6,
-        post=(done_ns - inferred_ns) / 1e6,
-        total=(done_ns - arrived_ns) / 1e6,
-    )
-
-
-def _nms_rule(spec: ModelSpec, config: ModelConfig) -> NmsRule:
-    """Take the model's own thresholds where the configuration is silent."""
-    rule = spec.nms
-    return NmsRule(
-        score_threshold=rule.score_threshold if config.score_threshold is None else config.score_threshold,
-        iou_threshold=rule.iou_threshold if config.iou_threshold is None else config.iou_threshold,
-        max_detections=rule.max_detections if config.max_detections is None else config.max_detections,
-        multi_label=rule.multi_label,
-    )
-
-
-def _wanted_labels(spec: ModelSpec, config: ModelConfig) -> frozenset[int] | None:
-    """Translate label names to indices. Raises ConfigError for a label that the model does not know."""
-    if config.labels is None:
-        return None
-    unknown = [label for label in config.labels if label not in spec.labels]
-    if unknown:
-        raise ConfigError(
-            f"labels: the model {spec.name} knows no '{unknown[0]}'; its labels are {', '.join(spec.labels[:20])}"
-            + (", ..." if len(spec.labels) > 20 else "")
-        )
-    return frozenset(spec.labels.index(label) for label in config.labels)

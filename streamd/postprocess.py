@@ -1,76 +1,272 @@
-"""From what the model says to what is in each frame: suppression, source pixels, masks, the copy to the host."""
+"""From what the model says to what is in each frame.
+
+`reduce` works on the model's device, with shapes fixed by the batch and without waiting for it: suppression, source
+pixels, and masks as run lengths. What it gives is small, and once it is on the host `describe` makes Detections of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+import itertools
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from streamd.gpu import ops
-from streamd.messages import Batch, Detections, RawOutput, Rle
+from streamd.gpu.rle import EncodedMasks
+from streamd.messages import Batch, Detections, Frame, Letterbox, RawOutput, Rle, Segment
+from streamd.segments import Things, panoptic_segments, semantic_segments
 
 if TYPE_CHECKING:
     from streamd.models.spec import ModelSpec, NmsRule
 
-# Columns of the table that crosses to the host, after the four of the box. float32 holds them exactly up to 2^24.
+NUM_PLACEMENT_COLUMNS = 8
+
+# Columns of `Found.table` after the four of the box. float32 holds them exactly up to 2^24.
 _SCORE, _LABEL, _CANDIDATE, _VALID = 4, 5, 6, 7
 
+# Room for the runs of one image's masks, two for each column that a mask covers: a hundred masks of 330 columns. Where
+# there are more, `encode_masks` is called again.
+_RUNS_PER_IMAGE = 1 << 16
 
-def postprocess(
-    raw: RawOutput, batch: Batch, spec: ModelSpec, rule: NmsRule, labels: Collection[int] | None = None
-) -> list[Detections]:
-    """Say what is in each frame of the batch: at most `rule.max_detections` objects, by falling score.
 
-    With `labels` objects of other labels are left out, after they have suppressed their like.
+class Heads(Protocol):
+    """What a two-stage model computes for the boxes that are kept, [B, N, 4] in input pixels; no object is all zero."""
+
+    def masks(self, features: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
+        """Return mask probabilities [B, N, S, S], each for its label [B, N]."""
+        ...
+
+    def keypoints(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
+        """Return logits of heat maps [B, N, J, S, S]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """What is in a batch, of shapes that depend on its size alone: N is the rule's `max_detections`.
+
+    On a CPU, where shapes are free, N is the most objects that one image has.
+    """
+
+    table: Tensor  # [B, N, 8] float32: box in source pixels, score, label, candidate, and whether the row is an object
+    masks: EncodedMasks | None = None  # of B * N rows
+    keypoints: Tensor | None = None  # [B, N, J, 3] float32: x, y in source pixels, score
+    probabilities: Tensor | None = None  # [B, N, S, S] masks over the boxes; kept where segments are made of them
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Postprocessor:
+    """The rules by which a model's output is read.
 
     Candidates suppress each other in input pixels, before their boxes are clipped. A box that has no area left
     within its frame is dropped; so is a candidate whose box or best score is not finite.
     """
-    table = _select(raw, batch, rule).cpu().numpy()
-    detections = []
-    for index, rows in enumerate(table):
-        rows = rows[rows[:, _VALID] > 0]
-        if labels is not None:
-            rows = rows[np.isin(rows[:, _LABEL], list(labels))]
-        masks = None
-        if raw.prototypes is not None and spec.masks is not None:
-            masks = _masks(raw, batch, spec, index, rows)
-        detections.append(
-            Detections(
-                boxes=np.ascontiguousarray(rows[:, :4]),
-                scores=np.ascontiguousarray(rows[:, _SCORE]),
-                labels=rows[:, _LABEL].astype(np.int64),
-                masks=masks,
-            )
+
+    spec: ModelSpec
+    rule: NmsRule
+    wanted: Tensor | None = None  # [C] bool on the model's device: which labels come out, after they have suppressed
+    heads: Heads | None = None
+
+    def reduce(self, raw: RawOutput, placements: Tensor) -> Found:
+        """Keep the best objects of each image, by falling score.
+
+        `placements` [B, 8] are those of `place`, on the model's device; an image whose frame is 0 pixels wide has no
+        objects.
+        """
+        rule = self.rule
+        boxes, scores, labels, candidates_of = _candidates(raw, rule)
+        keep, count = ops.nms(boxes, scores, labels, rule.iou_threshold, rule.score_threshold, rule.max_detections)
+        if keep.device.type == "cpu":
+            keep = keep[:, : int(count.max()) if len(count) else 0]  # no work for rows that are no objects
+        elif boxes.shape[1] == 0:
+            keep = keep[:, :0]  # as there is no candidate that the padding could read
+
+        index = keep.clamp(min=0)  # the padding reads candidate 0, and its row is not valid
+        kept = boxes.gather(1, index[..., None].expand(-1, -1, 4)).float()
+        kept_labels = labels.gather(1, index)
+        corners = _to_source(kept, placements)
+        valid = (corners[..., 2:] > corners[..., :2]).all(-1)
+        valid &= torch.arange(keep.shape[1], device=keep.device) < count[:, None]
+        if self.wanted is not None:
+            valid &= self.wanted[kept_labels]
+        columns = (scores.gather(1, index), kept_labels, index // candidates_of, valid)
+        table = torch.cat((corners, torch.stack([column.float() for column in columns], dim=-1)), dim=-1)
+        shown = torch.where(valid[..., None], kept, 0)
+        probabilities = self._box_masks(raw, shown, kept_labels)
+        return Found(
+            table,
+            self._encode_masks(raw, table, placements, probabilities, len(table) * _RUNS_PER_IMAGE),
+            self._keypoints(raw, shown, placements),
+            probabilities if self.spec.panoptic else None,
         )
-    return detections
+
+    def encode_masks(self, raw: RawOutput, table: Tensor, placements: Tensor, num_runs: int) -> EncodedMasks | None:
+        """Encode the masks of the objects in the table, with room for so many runs; None where the model has none."""
+        boxes = _to_input(table[..., :4], table[..., _VALID] > 0, placements)
+        probabilities = self._box_masks(raw, boxes, table[..., _LABEL].long())
+        return self._encode_masks(raw, table, placements, probabilities, num_runs)
+
+    def _encode_masks(
+        self, raw: RawOutput, table: Tensor, placements: Tensor, probabilities: Tensor | None, capacity: int
+    ) -> EncodedMasks | None:
+        rule = self.spec.masks
+        if rule is None:
+            return None
+        boxes, valid = table[..., :4].contiguous(), table[..., _VALID] > 0
+        objects = (boxes, valid, placements)
+        if probabilities is not None:
+            return ops.encode_box_masks(probabilities, *objects, threshold=rule.threshold, capacity=capacity)
+        if raw.prototypes is None or raw.coefficients is None:
+            return None
+        candidate = table[..., _CANDIDATE].long()
+        coefficients = raw.coefficients.gather(1, candidate[..., None].expand(-1, -1, raw.coefficients.shape[-1]))
+        return ops.encode_prototype_masks(
+            raw.prototypes,
+            coefficients,
+            *objects,
+            input_size=self.spec.input_size,
+            threshold=rule.threshold,
+            capacity=capacity,
+        )
+
+    def _box_masks(self, raw: RawOutput, boxes: Tensor, labels: Tensor) -> Tensor | None:
+        """Return the mask probabilities [B, N, S, S] of boxes in input pixels, where the model has such."""
+        if self.spec.masks is None or self.spec.masks.kind != "box":
+            return None
+        if boxes.shape[1] == 0:  # the methods of a model take at least one box
+            return boxes.new_zeros(len(boxes), 0, 1, 1)
+        assert self.heads is not None
+        return self.heads.masks(raw.features, boxes, labels)
+
+    def _keypoints(self, raw: RawOutput, boxes: Tensor, placements: Tensor) -> Tensor | None:
+        """Return the points [B, N, J, 3] in source pixels of boxes in input pixels, where the model has such."""
+        if self.spec.keypoints is None:
+            return None
+        if boxes.shape[1] == 0:
+            return boxes.new_zeros(len(boxes), 0, len(self.spec.keypoints.names), 3)
+        assert self.heads is not None
+        points = ops.locate_keypoints(self.heads.keypoints(raw.features, boxes), boxes)
+        scale, origin = (placements[:, None, None, column : column + 2] for column in (0, 2))
+        return torch.cat(((points[..., :2] - origin) / scale, points[..., 2:]), dim=-1)
+
+    def segments(self, raw: RawOutput, found: Found, batch: Batch) -> list[tuple[Segment, ...]] | None:
+        """Make the segments of each frame, None where the model has none; waits for the device.
+
+        `raw` and `found` are on the model's device, and `reduce` has come to its end.
+        """
+        if raw.semantic is None:
+            return None
+        labels = None if self.wanted is None else set(self.wanted.nonzero()[:, 0].tolist())
+        segments = []
+        for index, (frame, letterbox) in enumerate(zip(batch.frames, batch.letterboxes, strict=True)):
+            logits = raw.semantic[index]
+            if self.spec.panoptic is None:
+                segments.append(semantic_segments(logits, frame, letterbox, self.spec, labels))
+            else:
+                segments.append(panoptic_segments(logits, _things(found, index), frame, letterbox, self.spec))
+        return segments
+
+    def describe(
+        self, found: Found, batch: Batch, segments: Sequence[tuple[Segment, ...]] | None = None
+    ) -> list[Detections]:
+        """Make Detections of what `reduce` gave, once it is on the host and the masks had room enough.
+
+        `segments` are those of the method of this name.
+        """
+        masks = _strings(found.masks) if found.masks is not None else None
+        detections = []
+        for index, frame in enumerate(batch.frames):
+            table = found.table[index].numpy(force=True)
+            rows = np.flatnonzero(table[:, _VALID])
+            objects = table[rows]
+            first = index * len(table)
+            detections.append(
+                Detections(
+                    boxes=np.ascontiguousarray(objects[:, :4]),
+                    scores=np.ascontiguousarray(objects[:, _SCORE]),
+                    labels=objects[:, _LABEL].astype(np.int64),
+                    masks=None
+                    if masks is None
+                    else tuple(Rle(frame.height, frame.width, masks[first + row]) for row in rows),
+                    keypoints=None if found.keypoints is None else found.keypoints[index].numpy(force=True)[rows],
+                    segments=None if segments is None else segments[index],
+                )
+            )
+        return detections
 
 
-def _select(raw: RawOutput, batch: Batch, rule: NmsRule) -> Tensor:
-    """Return one table [B, max_detections, 8] float32 on the model's device: box in source pixels and the columns."""
-    num_images, num_candidates, num_labels = raw.scores.shape
-    if num_candidates == 0:
-        return torch.zeros(num_images, rule.max_detections, _VALID + 1, device=raw.scores.device)
-    if rule.multi_label:
-        scores = raw.scores.flatten(1)
-        labels = torch.arange(num_labels, device=scores.device).expand(num_images, num_candidates, -1).flatten(1)
-        boxes = raw.boxes.repeat_interleave(num_labels, dim=1)
-    else:
-        scores, labels = _best_label(raw.scores, rule.score_threshold)
-        boxes = raw.boxes
-    keep, count = ops.nms(boxes, scores, labels, rule.iou_threshold, rule.score_threshold, rule.max_detections)
+def postprocess(
+    raw: RawOutput,
+    batch: Batch,
+    spec: ModelSpec,
+    rule: NmsRule,
+    labels: Collection[int] | None = None,
+    heads: Heads | None = None,
+) -> list[Detections]:
+    """Say what is in each frame of a batch, in one go; with `labels`, objects of other labels are left out."""
+    device = raw.boxes.device
+    wanted = None if labels is None else wanted_labels(labels, len(spec.labels)).to(device)
+    processor = Postprocessor(spec, rule, wanted, heads)
+    placements = place(batch.frames, batch.letterboxes).to(device)
+    found = processor.reduce(raw, placements)
+    if found.masks is not None and not has_room(found.masks, len(found.table)):
+        num_runs = int(found.masks.num_runs)
+        found = replace(found, masks=processor.encode_masks(raw, found.table, placements, num_runs))
+    return processor.describe(found, batch, processor.segments(raw, found, batch))
 
-    index = keep.clamp(min=0)  # the padding reads candidate 0, and its row is not valid
-    kept_boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4)).float()
-    corners = _to_source(kept_boxes, batch)
-    has_area = (corners[..., 2:] > corners[..., :2]).all(-1)
-    valid = has_area & (torch.arange(rule.max_detections, device=keep.device) < count[:, None])
-    candidate = index // num_labels if rule.multi_label else index
-    columns = (scores.gather(1, index), labels.gather(1, index), candidate, valid)
-    return torch.cat((corners, torch.stack([column.float() for column in columns], dim=-1)), dim=-1)
+
+def _things(found: Found, index: int) -> Things:
+    """Take the objects of one image out of what `reduce` gave."""
+    assert found.probabilities is not None
+    table = found.table[index].numpy(force=True)
+    rows = np.flatnonzero(table[:, _VALID])
+    return Things(
+        found.probabilities[index, rows],
+        found.table[index, rows, :4],
+        table[rows, _SCORE],
+        table[rows, _LABEL].astype(np.int64),
+    )
+
+
+def has_room(masks: EncodedMasks, num_images: int) -> bool:
+    """Tell whether the masks of so many images had no more runs than `reduce` has room for."""
+    return int(masks.num_runs) <= num_images * _RUNS_PER_IMAGE
+
+
+def place(frames: Sequence[Frame], letterboxes: Sequence[Letterbox]) -> Tensor:
+    """Say in numbers where each frame lies in the input: [B, 8] float32 on the host.
+
+    Columns: scale_x, scale_y, left, top of the letterbox; width, height of the frame in source pixels; height, width
+    of the letterbox in input pixels.
+    """
+    rows = [
+        (box.scale_x, box.scale_y, box.left, box.top, frame.width, frame.height, box.height, box.width)
+        for box, frame in zip(letterboxes, frames, strict=True)
+    ]
+    return torch.tensor(rows, dtype=torch.float32).reshape(-1, NUM_PLACEMENT_COLUMNS)
+
+
+def wanted_labels(labels: Collection[int], num_labels: int) -> Tensor:
+    """Return which labels come out, bool [C]."""
+    wanted = torch.zeros(num_labels, dtype=torch.bool)
+    wanted[list(labels)] = True
+    return wanted
+
+
+def _candidates(raw: RawOutput, rule: NmsRule) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Return boxes [B, K, 4], scores and labels [B, K] for suppression, and how many of them come of each candidate."""
+    num_images, num_candidates = raw.boxes.shape[:2]
+    if raw.labels is not None:
+        return raw.boxes, raw.scores, raw.labels, 1
+    if not rule.multi_label:
+        return raw.boxes, *_best_label(raw.scores, rule.score_threshold), 1
+    num_labels = raw.scores.shape[-1]
+    labels = torch.arange(num_labels, device=raw.scores.device).expand(num_images, num_candidates, -1).flatten(1)
+    return raw.boxes.repeat_interleave(num_labels, dim=1), raw.scores.flatten(1), labels, num_labels
 
 
 def _best_label(scores: Tensor, score_threshold: float) -> tuple[Tensor, Tensor]:
@@ -86,32 +282,20 @@ def _best_label(scores: Tensor, score_threshold: float) -> tuple[Tensor, Tensor]
     return best, labels
 
 
-def _to_source(boxes: Tensor, batch: Batch) -> Tensor:
+def _to_source(boxes: Tensor, placements: Tensor) -> Tensor:
     """Take boxes [B, N, 4] from input pixels to source pixels, and clip each to its frame."""
-    placements = [
-        (letterbox.scale_x, letterbox.scale_y, letterbox.left, letterbox.top, frame.width, frame.height)
-        for letterbox, frame in zip(batch.letterboxes, batch.frames, strict=True)
-    ]
-    placement = torch.tensor(placements, dtype=torch.float32, device=boxes.device)
-    scale, origin, limit = (placement[:, None, i : i + 2].repeat(1, 1, 2) for i in (0, 2, 4))
+    scale, origin, limit = (placements[:, None, column : column + 2].repeat(1, 1, 2) for column in (0, 2, 4))
     return ((boxes - origin) / scale).clamp(min=0).minimum(limit)
 
 
-def _masks(raw: RawOutput, batch: Batch, spec: ModelSpec, index: int, rows: np.ndarray) -> tuple[Rle, ...]:
-    """Cut the masks of one image's valid rows [N, 8] out of its prototypes."""
-    assert raw.prototypes is not None and raw.coefficients is not None and spec.masks is not None
-    frame = batch.frames[index]
-    candidate = torch.from_numpy(rows[:, _CANDIDATE].astype(np.int64)).to(raw.coefficients.device)
-    masks = ops.paste_prototypes(
-        raw.prototypes[index],
-        raw.coefficients[index, candidate],
-        torch.from_numpy(rows[:, :4]).to(raw.coefficients.device),
-        batch.letterboxes[index],
-        frame.width,
-        frame.height,
-        spec.input_size,
-        spec.masks.threshold,
-    )
-    return tuple(
-        Rle(frame.height, frame.width, ops.pack_counts(ops.rle(bits, frame.height, frame.width))) for bits in masks
-    )
+def _to_input(boxes: Tensor, valid: Tensor, placements: Tensor) -> Tensor:
+    """Take boxes [B, N, 4] from source pixels to input pixels; those that are no objects become zero."""
+    scale, origin = (placements[:, None, column : column + 2].repeat(1, 1, 2) for column in (0, 2))
+    return (boxes * scale + origin) * valid[..., None]
+
+
+def _strings(masks: EncodedMasks) -> list[bytes]:
+    """Cut the characters of all masks into one string each; both lie on the host."""
+    offsets = masks.offsets.tolist()
+    characters = masks.characters[: offsets[-1]].numpy(force=True).tobytes()
+    return [characters[first:last] for first, last in itertools.pairwise(offsets)]

@@ -125,7 +125,7 @@ def _process(
             load_library()
         pipeline = Pipeline(config, results.put, results.put_status, results.put_crash, retry=False)
         announcer = Announcer("json", [])
-        announcer.know({name: lane.spec for name, lane in pipeline.lanes.items()})
+        announcer.know(pipeline.specs)
         pipeline.warm_up()
     torch.set_num_threads(1)  # of this thread, which draws: more would fight with the model's for the cores
     waiting = deque(jobs)

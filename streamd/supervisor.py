@@ -25,7 +25,10 @@ _HEALTHY_AFTER_S = 30.0  # a connection that delivered for so long makes the nex
 class Connection(Protocol):
     """An open source with its decoder."""
 
-    decoder: str  # which, and why
+    @property
+    def decoder(self) -> str:
+        """Which decoder is at work, and why; it may change while frames come."""
+        ...
 
     def frames(self) -> Iterator[Frame | None]:
         """Yield each decoded frame, and None for a packet that completed none. Raises SourceError."""
@@ -138,6 +141,8 @@ class Supervisor:
             if last is None:
                 self._running_since_s = now
                 self._enter(StreamState.RUNNING)
+            elif connection.decoder != self._status.decoder:
+                self._enter(StreamState.RUNNING, "another decoder took over", decoder=connection.decoder)
             last = frame
             if pace:
                 if pace.wait_for(frame, self._stop):

@@ -9,8 +9,7 @@ Imports neither torch nor av nor numpy, so that a subscriber starts fast.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, overload
 
 import msgspec
@@ -22,15 +21,16 @@ if TYPE_CHECKING:
     import numpy as np
     import supervision as sv
 
-    from streamd.messages import Detections, Result, StageTimes, Status
-
 SCHEMA: Literal[1] = 1  # raised only when an old client would misread a message; a new field does not raise it
 
 Kind = Literal["detections", "status"]
 Format = Literal["json", "msgpack"]
 KINDS: tuple[Kind, ...] = ("detections", "status")
 
-Point = Annotated[tuple[float, float, float], Meta(description="x and y in source pixels, score in 0..1")]
+Point = Annotated[
+    tuple[float, float, float],
+    Meta(description="x and y in source pixels, not clipped to the frame; score in 0..1, high where the point is sure"),
+]
 Utc = Annotated[str, Meta(description="ISO 8601 in UTC with microseconds, for example 2026-01-31T10:00:00.123456Z")]
 
 
@@ -64,7 +64,21 @@ class DetectedObject(Struct, frozen=True, kw_only=True, omit_defaults=True):
     score: Annotated[float, Meta(description="0..1")]
     box: Annotated[tuple[float, float, float, float], Meta(description="x1, y1, x2, y2 in source pixels")]
     mask: Mask | None = None
-    keypoints: tuple[Point, ...] | None = None
+    keypoints: Annotated[tuple[Point, ...] | None, Meta(description="in the model's order")] = None
+
+
+class Segment(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A region of one label; the segments of a frame do not overlap."""
+
+    label: str
+    label_id: Annotated[
+        int,
+        Meta(ge=0, description="index into the model's labels; for a panoptic model's stuff into its stuff labels"),
+    ]
+    thing: Annotated[bool, Meta(description="one object, not stuff such as grass")]
+    area: Annotated[int, Meta(description="source pixels")]
+    object: Annotated[int | None, Meta(description="of a thing: its index in `objects`")] = None
+    mask: Mask
 
 
 class ModelName(Struct, frozen=True, kw_only=True):
@@ -84,7 +98,7 @@ class Milliseconds(Struct, frozen=True, kw_only=True):
     total: Annotated[float, Meta(description="arrival of the packet to the end of post-processing")]
 
 
-class DetectionsMessage(Struct, frozen=True, kw_only=True):
+class DetectionsMessage(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What one model saw in one frame of one stream."""
 
     schema: Literal[1]
@@ -101,6 +115,9 @@ class DetectionsMessage(Struct, frozen=True, kw_only=True):
     height: int
     model: ModelName
     objects: Annotated[tuple[DetectedObject, ...], Meta(description="by falling score")]
+    segments: Annotated[
+        tuple[Segment, ...] | None, Meta(description="of a panoptic or semantic model: what the frame is made of")
+    ] = None
     ms: Milliseconds
     dropped: Annotated[int, Meta(description="frames of the stream decoded but not processed since the daemon started")]
 
@@ -108,6 +125,21 @@ class DetectionsMessage(Struct, frozen=True, kw_only=True):
     def captured_at_s(self) -> float:
         """When the frame was taken, Unix time in seconds."""
         return datetime.fromisoformat(self.captured_at).timestamp()
+
+    def segment_map(self) -> np.ndarray:
+        """Return int32 [height, width]: the number of each pixel's segment, from 1; 0 where there is none.
+
+        Raises WireError where a mask is damaged.
+        """
+        import numpy as np
+
+        numbers = np.zeros((self.height, self.width), dtype=np.int32)
+        for number, segment in enumerate(self.segments or (), start=1):
+            pixels = segment.mask.decode()
+            if pixels.shape != numbers.shape:
+                raise WireError(f"damaged mask: {pixels.shape} pixels in a frame of {numbers.shape}")
+            numbers[pixels] = number
+        return numbers
 
     def to_supervision(self) -> sv.Detections:
         """Return the objects as supervision.Detections, with masks and track ids where every object has one."""
@@ -172,43 +204,6 @@ def stream_key(stream: str) -> str:
     return f"streamd:{stream}"
 
 
-def detections_message(result: Result, seq: int, labels: Sequence[str], sha256: str) -> DetectionsMessage:
-    """Put a result into wire form, rounded to what a detector can know: 0.01 px, 4 digits of score, 0.01 ms."""
-    frame = result.frame
-    return DetectionsMessage(
-        schema=SCHEMA,
-        stream=frame.stream,
-        seq=seq,
-        epoch=frame.stamp.epoch,
-        pts=round(frame.pts_s, 6),
-        captured_at=_utc(frame.stamp.captured_at),
-        clock=frame.stamp.clock,
-        width=frame.width,
-        height=frame.height,
-        model=ModelName(name=result.model, sha256=sha256),
-        objects=_objects(result.detections, labels),
-        ms=_milliseconds(result.times),
-        dropped=result.dropped,
-    )
-
-
-def status_message(status: Status) -> StatusMessage:
-    """Put a status into wire form."""
-    return StatusMessage(
-        schema=SCHEMA,
-        stream=status.stream,
-        state=str(status.state),
-        reason=status.reason,
-        decoder=status.decoder,
-        at=_utc(status.at),
-        retry_in_s=None if status.retry_in_s is None else round(status.retry_in_s, 2),
-        reconnects=status.reconnects,
-        frames=status.frames,
-        dropped=status.dropped,
-        corrupt=status.corrupt,
-    )
-
-
 def encode(message: Message, format: Format = "json") -> bytes:
     """Return the payload."""
     return _JSON_ENCODER.encode(message) if format == "json" else _MSGPACK_ENCODER.encode(message)
@@ -244,31 +239,6 @@ def json_schema() -> dict[str, object]:
     }
 
 
-def _objects(detections: Detections, labels: Sequence[str]) -> tuple[DetectedObject, ...]:
-    boxes, scores, label_ids = detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist()
-    rles = (None,) * len(detections) if detections.masks is None else detections.masks
-    return tuple(
-        DetectedObject(
-            label=labels[label_id],
-            label_id=label_id,
-            score=round(score, 4),
-            box=(round(x1, 2), round(y1, 2), round(x2, 2), round(y2, 2)),
-            mask=None if rle is None else Mask(size=(rle.height, rle.width), counts=rle.counts.decode("ascii")),
-        )
-        for (x1, y1, x2, y2), score, label_id, rle in zip(boxes, scores, label_ids, rles, strict=True)
-    )
-
-
-def _milliseconds(times: StageTimes) -> Milliseconds:
-    return Milliseconds(
-        decode=round(times.decode, 2),
-        wait=round(times.wait, 2),
-        infer=round(times.infer, 2),
-        post=round(times.post, 2),
-        total=round(times.total, 2),
-    )
-
-
 def _run_lengths(counts: str) -> list[int]:
     """Read COCO's compressed run lengths: alternately background and object, down the columns.
 
@@ -288,10 +258,6 @@ def _run_lengths(counts: str) -> list[int]:
         lengths.append(value + lengths[-2] if len(lengths) > 2 else value)
         value = shift = 0
     return lengths
-
-
-def _utc(unix_s: float) -> str:
-    return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def _why_unreadable(payload: bytes, is_json: bool, kind: Kind, err: Exception) -> str:

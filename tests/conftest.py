@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from streamd.models import artifact
 from streamd.models.spec import ModelSpec
 from streamd.models.weights import export_checkpoint
 from streamd.models.yolox import yolox_nano
+from tests.cuda_on_cpu import emulated_cuda
 from tests.redis_server import RedisServer, running_redis
 from tests.rtsp import RtspServer, encode_clip, is_h264, missing_for_rtsp
 
@@ -85,3 +87,28 @@ def untrained_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = ModelSpec(name="untrained", task="detect", labels=("a", "b", "c"), input_size=(64, 96), colour="bgr")
     artifact.export(yolox_nano(3, input_size=spec.input_size), spec, out)
     return out
+
+
+@pytest.fixture(scope="session")
+def emulator_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the folder that keeps the libraries of the emulated kernels for the session."""
+    return tmp_path_factory.mktemp("cuda_on_cpu")
+
+
+@pytest.fixture(scope="module")
+def cuda_on_cpu(emulator_folder: Path) -> Iterator[None]:
+    """Let the launchers in streamd.gpu take CPU tensors: their kernels run emulated until the module's tests end."""
+    with emulated_cuda(emulator_folder):
+        yield
+
+
+@pytest.fixture(scope="module", params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, emulator_folder: Path) -> Iterator[torch.device]:
+    """Give the device for a kernel's tensors: the CPU, where the kernel runs emulated, and the GPU if there is one."""
+    if request.param == "emulated":
+        with emulated_cuda(emulator_folder):
+            yield torch.device("cpu")
+    elif torch.cuda.is_available():
+        yield torch.device("cuda", torch.cuda.current_device())
+    else:
+        pytest.skip("torch sees no GPU")

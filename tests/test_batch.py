@@ -10,11 +10,9 @@ from contextlib import contextmanager
 from functools import partial
 
 import pytest
-import torch
 
-from streamd.batch import Assembler, Batcher
+from streamd.batch import Batcher
 from streamd.messages import Frame
-from streamd.models.spec import ModelSpec
 from tests.fakes import FakeClock, in_threads, make_frame, make_frames
 
 LONG_S = 30.0  # longer than a test may take: who waits so long has been forgotten
@@ -306,16 +304,3 @@ def test_many_threads_neither_lose_a_file_s_frame_nor_get_one_twice_nor_hang() -
         assert sum(name == stream for name, _ in taken) == 1000
     for stream in cameras:
         assert sum(name == stream for name, _ in taken) + batcher.num_dropped(stream) == 1000
-
-
-def test_the_assembler_fills_one_slot_a_frame_and_reuses_its_memory() -> None:
-    spec = ModelSpec(name="m", task="detect", labels=("a",), input_size=(4, 6), colour="rgb")
-    assembler = Assembler(spec, 3, torch.device("cpu"), torch.float32)
-    batch = assembler.assemble([make_frame("gate"), make_frame("yard")])
-    assert [frame.stream for frame in batch.frames] == ["gate", "yard"]
-    assert batch.images.shape == (2, 3, 4, 6)
-    assert [box.scale_x for box in batch.letterboxes] == [4.0, 4.0]
-    assert torch.all(batch.images[:, :, :, :4] == 0), "the black pixel, scaled up"
-    assert torch.all(batch.images[:, :, :, 4:] == 114), "the padding"
-    again = assembler.assemble([make_frame("gate")])
-    assert again.images.data_ptr() == batch.images.data_ptr()

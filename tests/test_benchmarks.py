@@ -21,7 +21,7 @@ import pytest
 
 from benchmarks.figures import SentLog
 from benchmarks.measure import describe_machine, percentile, read_cpu
-from streamd.decode import choose_decoder
+from streamd.decode.software import SoftwareDecoder
 from streamd.sources import SourceOptions, Timeline, open_source
 from tests.conftest import ROOT
 from tests.rtsp import RtspServer, encode_frame, missing_for_rtsp, read_frames
@@ -88,7 +88,7 @@ def test_streamd_frames_are_matched_to_the_access_units_that_their_pixels_show(s
     seen: list[Seen] = []
     for _ in range(2):  # a second connection begins the clip, and the presentation times, anew
         source = open_source(SourceOptions(server.url("gate")), timeline := Timeline(epoch=len(seen) // NUM_FRAMES - 1))
-        decoder = choose_decoder("auto").make("gate", source.video, 0)
+        decoder = SoftwareDecoder("gate", source.video)
         frames = (frame for packet in source.packets() for frame in decoder.decode(packet))
         for _, frame in zip(range(NUM_FRAMES), frames, strict=False):
             seen.append(Seen(read_index(frame.picture.planes[0].numpy()), frame.stamp.epoch, frame.pts_s))

@@ -171,7 +171,7 @@ def test_a_missing_or_foreign_model_exits_with_78(streamd: Streamd, command: str
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"streams": {"gate": {"url": "a.mp4", "decoder": "nvdec"}}}, "decoder 'nvdec' needs a GPU"),
+        ({"streams": {"gate": {"url": "a.mp4", "decoder": "nvdec"}}}, "decoder 'nvdec' cannot work on cpu: no GPU"),
         ({"models": {"m": {"path": "", "labels": ["unicorn"]}}}, "knows no 'unicorn'"),
     ],
 )
@@ -210,7 +210,7 @@ def test_check_says_one_line_for_each_model_and_stream(streamd: Streamd, model: 
     assert (ended.code, ended.err) == (0, "")
     assert ended.out.splitlines() == [
         "ok    model m: tiny, detect, 2 labels, on cpu",
-        "ok    stream clip: 64x48, decoder software: auto: this version decodes on the CPU only",
+        "ok    stream clip: 64x48, decoder software: no GPU",
     ]
     camera = f"rtsp://viewer:hunter22@127.0.0.1:{free_port()}/1"
     bad = {"text": {"url": "text.mp4"}, "gone": {"url": "gone.mp4"}, "gate": {"url": camera}}

@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from streamd.announce import status_message
 from streamd.demo import Recording, StreamRecord, clip, demo, draw_files, summary
 from streamd.errors import ModelError
-from streamd.wire import status_message
 from tests.wire_samples import make_message, make_status
 
 

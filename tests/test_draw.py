@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import av
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from PIL import Image
 from streamd.draw import VideoWriter, annotate, caption, contact_sheet, save_jpeg, save_png, to_rgb
 from streamd.errors import OutputError
 from streamd.messages import Picture
-from streamd.wire import DetectedObject, DetectionsMessage, Mask, Milliseconds, ModelName
+from streamd.wire import DetectedObject, DetectionsMessage, Mask, Milliseconds, ModelName, Segment
 from tests.wire_samples import rle
 
 HEIGHT, WIDTH = 120, 160
@@ -157,3 +158,56 @@ def test_what_cannot_be_written_is_said_with_its_path(tmp_path: Path) -> None:
     for write in (save_png, save_jpeg, lambda picture, path: VideoWriter(path).write(picture, 0.0)):
         with pytest.raises(OutputError, match=r"file/a\.out: cannot write"):
             write(GREY, tmp_path / "file" / "a.out")
+
+
+COCO_POINTS = 17
+
+
+def standing_person(score: float = 0.9) -> DetectedObject:
+    """Make a person whose points stand on two vertical lines, left and right ones in turn, from head to feet."""
+    points = [(70.0 if index % 2 else 90.0, 20.0 + 5 * index, score) for index in range(COCO_POINTS)]
+    return msgspec.structs.replace(person((60, 15, 100, 112)), keypoints=tuple(points))
+
+
+def test_keypoints_and_the_limbs_between_them_are_drawn() -> None:
+    drawn = annotate(GREY, make_message(standing_person()))
+    boxed = annotate(GREY, make_message(person((60, 15, 100, 112))))
+    changed = (drawn != boxed).any(-1)
+    for index in range(COCO_POINTS):
+        assert changed[20 + 5 * index, 70 if index % 2 else 90], f"point {index}"
+    assert changed[77:79, 80].any(), "the line from hip to hip, points 11 and 12"
+
+
+def test_points_that_are_not_sure_are_left_out_with_their_limbs() -> None:
+    drawn = annotate(GREY, make_message(standing_person(score=0.01)))
+    assert (drawn == annotate(GREY, make_message(person((60, 15, 100, 112))))).all()
+
+
+def test_points_of_an_unknown_kind_are_drawn_without_limbs() -> None:
+    found = msgspec.structs.replace(person((60, 15, 100, 112)), keypoints=((70.0, 40.0, 0.9), (90.0, 90.0, 0.9)))
+    changed = (annotate(GREY, make_message(found)) != annotate(GREY, make_message(person((60, 15, 100, 112))))).any(-1)
+    assert changed[40, 70] and changed[90, 90] and not changed[65, 80]
+
+
+def segment(pixels: np.ndarray, label: str, thing: bool) -> Segment:
+    lengths = rle(pixels)
+    mask = Mask(size=(lengths.height, lengths.width), counts=lengths.counts.decode())
+    return Segment(label=label, label_id=1, thing=thing, area=int(pixels.sum()), object=0 if thing else None, mask=mask)
+
+
+def test_segments_colour_the_frame_and_stuff_has_its_name_written() -> None:
+    left, right = np.zeros((HEIGHT, WIDTH), bool), np.zeros((HEIGHT, WIDTH), bool)
+    left[:, :60], right[:, 80:] = True, True
+    stuff = (segment(left, "sky", thing=False), segment(right, "road", thing=False))
+    things = (segment(left, "sky", thing=True), segment(right, "road", thing=True))
+    named = annotate(GREY, msgspec.structs.replace(make_message(), segments=stuff))
+    silent = annotate(GREY, msgspec.structs.replace(make_message(), segments=things))
+    changed = (silent != GREY).any(-1)
+    assert changed[left].all() and changed[right].all() and not changed[:, 60:80].any()
+    written = (named != silent).any(-1)
+    assert written[:, :60].any() and written[:, 80:].any() and written.mean() < 0.2
+
+
+def test_a_frame_without_segments_is_given_back_as_it_was() -> None:
+    drawn = annotate(GREY, msgspec.structs.replace(make_message(), segments=()))
+    assert (drawn == GREY).all()

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 FOLDERS = ("streamd", "models", "gpu", "configs", "systemd", "tests", "benchmarks")
 LINKED = ("models", "gpu", "configs", "systemd")
 STAGES = ("sources", "decode", "batch", "infer", "postprocess", "publish", "track")
-MAY_IMPORT_STAGES = ("pipeline", "daemon")
+MAY_IMPORT_STAGES = ("pipeline", "lane", "runner", "daemon")
 MACHINE_PATH = re.compile(r"/(?:work|root|home/[a-z]+|Users/[a-z]+)/")
 IMAGES_AND_MODELS = {".mp4", ".png", ".jpg", ".gif", ".npz", ".pyc"}
 

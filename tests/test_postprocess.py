@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -15,9 +17,11 @@ from pycocotools import mask as coco
 from torch import Tensor
 
 from streamd.gpu.reference import paste_prototypes
-from streamd.messages import Batch, Detections, Frame, Picture, RawOutput, Stamp
-from streamd.models.spec import MaskRule, ModelSpec, NmsRule, ResizeRule
-from streamd.postprocess import postprocess
+from streamd.messages import Batch, Detections, Frame, Picture, RawOutput, Rle, Stamp
+from streamd.models.contract import pack
+from streamd.models.spec import KeypointRule, MaskRule, ModelSpec, NmsRule, PanopticRule, ResizeRule
+from streamd.postprocess import place, postprocess
+from streamd.wire import Mask
 
 SPEC = ModelSpec(
     name="any",
@@ -115,9 +119,7 @@ def test_masks_belong_to_their_boxes(multi_label: bool) -> None:
                 raw.prototypes[index],
                 raw.coefficients[index, candidate, None],
                 torch.from_numpy(box[None]),
-                letterbox,
-                shown.width,
-                shown.height,
+                place([shown], [letterbox])[0],
                 SPEC.input_size,
                 0.5,
             )
@@ -212,3 +214,126 @@ def test_raw_yolox_output_gives_the_reference_detections(shared: Path, index: in
     np.testing.assert_allclose(found.scores, reference[f"out{index}_scores"], atol=1e-5)
     clipped = reference[f"out{index}_boxes"].clip(0, [width, height, width, height])
     np.testing.assert_allclose(found.boxes, clipped, atol=0.05)
+
+
+def test_pairs_of_a_box_and_a_label_are_taken_as_they_are() -> None:
+    box = torch.tensor([10.0, 20.0, 30.0, 40.0])
+    raw = RawOutput(
+        boxes=torch.stack((box, box, box + 0.5, box))[None],
+        scores=torch.tensor([[0.5, 0.7, 0.6, -torch.inf]]),
+        labels=torch.tensor([[0, 2, 0, 1]]),
+    )
+    (found,) = postprocess(raw, batch_of((96, 64)), SPEC, msgspec.structs.replace(RULE, score_threshold=0.0))
+    assert found.labels.tolist() == [2, 0], "boxes suppress those of their label alone, and -inf takes no part"
+    np.testing.assert_array_equal(found.boxes, [[10, 20, 30, 40], [10.5, 20.5, 30.5, 40.5]])
+
+
+def pixels_of(mask: Rle) -> np.ndarray:
+    return Mask(size=(mask.height, mask.width), counts=mask.counts.decode()).decode()
+
+
+class FakeHeads:
+    """Give each box a mask of its label's half, and heat maps that are best in two corners; note what they get."""
+
+    def __init__(self) -> None:
+        self.boxes: list[Tensor] = []
+        self.labels: list[Tensor] = []
+
+    def masks(self, features: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
+        self.boxes.append(boxes)
+        self.labels.append(labels)
+        columns = torch.arange(8)
+        left = (columns < 4).float().expand(8, 8)
+        return torch.where(labels[..., None, None] == 0, left, 1 - left)
+
+    def keypoints(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
+        self.boxes.append(boxes)
+        maps = torch.zeros(*boxes.shape[:2], 2, 8, 8)
+        maps[..., 0, 0, 0] = maps[..., 1, 7, 7] = 9.0
+        return maps
+
+
+TWO_STAGES = msgspec.structs.replace(
+    SPEC, task="keypoints", masks=MaskRule(kind="box"), keypoints=KeypointRule(names=("head", "tail"))
+)
+
+
+def two_objects() -> RawOutput:
+    return RawOutput(
+        boxes=torch.tensor([[[16.0, 20.0, 32.0, 36.0], [56.0, 24.0, 80.0, 40.0]], [[0.0] * 4] * 2]),
+        scores=torch.tensor([[0.8, 0.9], [0.1, 0.1]]),
+        labels=torch.tensor([[0, 1], [0, 0]]),
+        features=(torch.zeros(2, 1, 8, 12),),
+    )
+
+
+def test_the_methods_get_the_kept_boxes_in_input_pixels_and_zeros_where_is_no_object() -> None:
+    heads = FakeHeads()
+    postprocess(two_objects(), batch_of((48, 16), (48, 16)), TWO_STAGES, RULE, heads=heads)
+    for boxes in heads.boxes:
+        assert boxes.tolist() == [[[56, 24, 80, 40], [16, 20, 32, 36]], [[0] * 4] * 2]
+    assert heads.labels[0][0].tolist() == [1, 0]
+
+
+def test_masks_over_boxes_and_keypoints_come_back_in_source_pixels() -> None:
+    batch = batch_of((48, 16), (48, 16))  # scale 2, 16 rows of padding above and below
+    found, nothing = postprocess(two_objects(), batch, TWO_STAGES, RULE, heads=FakeHeads())
+    np.testing.assert_array_equal(found.boxes, [[28, 4, 40, 12], [8, 2, 16, 10]])
+    assert found.masks is not None and found.keypoints is not None
+    expected = np.zeros((2, 16, 48), dtype=np.uint8)
+    expected[0, 4:12, 34:40] = 1
+    expected[1, 2:10, 8:12] = 1
+    for mask, pixels in zip(found.masks, expected, strict=True):
+        np.testing.assert_array_equal(pixels_of(mask), pixels)
+    # The best pixel of a corner is within the first or last of the map's eight elements.
+    np.testing.assert_allclose(found.keypoints[..., :2], [[[28, 4], [40, 12]], [[8, 2], [16, 10]]], atol=1.5)
+    assert len(nothing) == 0 and nothing.masks == () and nothing.keypoints is not None
+    assert nothing.keypoints.shape == (0, 2, 3)
+
+
+def test_the_methods_are_not_called_where_no_frame_has_an_object() -> None:
+    raw, heads = two_objects(), FakeHeads()
+    rule = msgspec.structs.replace(RULE, score_threshold=0.95)
+    for found in postprocess(raw, batch_of((48, 16), (30, 60)), TWO_STAGES, rule, heads=heads):
+        assert len(found) == 0 and found.masks == () and found.keypoints is not None
+    assert not heads.boxes
+
+
+PANOPTIC = msgspec.structs.replace(
+    SPEC,
+    task="panoptic",
+    masks=MaskRule(kind="box"),
+    panoptic=PanopticRule(stuff_labels=("things", "sky", "grass"), stuff_area_limit=0),
+    resize=ResizeRule(anchor="top_left"),
+)
+
+
+def test_panoptic_segments_are_objects_and_the_stuff_behind_them() -> None:
+    logits = torch.zeros(2, 3, 16, 24)
+    logits[:, 1, :8] = 5.0
+    logits[:, 2, 8:] = 5.0
+    raw = replace(two_objects(), semantic=logits)
+    found, empty = postprocess(raw, batch_of((96, 64), (96, 64)), PANOPTIC, RULE, heads=FakeHeads())
+    assert found.segments is not None and empty.segments is not None
+    assert [(one.is_thing, one.label, one.detection) for one in found.segments] == [
+        (True, 1, 0),
+        (True, 0, 1),
+        (False, 1, None),
+        (False, 2, None),
+    ]
+    shown = [pixels_of(one.mask) for one in found.segments]
+    assert [one.area for one in found.segments] == [int(pixels.sum()) for pixels in shown]
+    assert (np.sum(shown, axis=0) == 1).all(), "every pixel has one segment"
+    assert [(one.label, one.area) for one in empty.segments] == [(1, 32 * 96), (2, 32 * 96)]
+
+
+def test_semantic_segments_cover_the_frame_with_the_labels_that_are_wanted() -> None:
+    spec = msgspec.structs.replace(PANOPTIC, task="semantic", masks=None, panoptic=None)
+    logits = torch.zeros(1, 3, 16, 24)
+    logits[:, 0, :, :12], logits[:, 2, :, 12:] = 3.0, 3.0
+    raw = pack({"semantic": logits})
+    (found,) = postprocess(raw, batch_of((96, 64), spec=spec), spec, RULE)
+    (wanted,) = postprocess(raw, batch_of((96, 64), spec=spec), spec, RULE, labels=[2])
+    assert len(found) == 0 and found.segments is not None and wanted.segments is not None
+    assert [(one.label, one.is_thing, one.area) for one in found.segments] == [(0, False, 3072), (2, False, 3072)]
+    assert [one.label for one in wanted.segments] == [2]

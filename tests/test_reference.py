@@ -23,7 +23,7 @@ from streamd.models.spec import ModelSpec, ResizeRule
 repeatable = settings(deadline=None, derandomize=True, max_examples=40)
 seeds = st.integers(0, 2**32 - 1)
 
-PLAIN: dict[str, Any] = {"colour": "rgb", "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "pad": 114.0}
+PLAIN: dict[str, Any] = {"colour": "rgb", "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "pad": (114.0, 114.0, 114.0)}
 
 # Y'CbCr -> R'G'B' as textbooks print it: luma step, black, Cr to R, Cb to G, Cr to G, Cb to B.
 TEXTBOOK = {
@@ -221,9 +221,7 @@ def test_prototype_masks_are_sampled_at_each_pixel_centre(seed: int, count: int,
         torch.tensor(prototypes, dtype=torch.float32),
         torch.tensor(coefficients, dtype=torch.float32),
         torch.from_numpy(boxes),
-        letterbox,
-        width,
-        height,
+        torch.tensor([letterbox.scale_x, letterbox.scale_y, letterbox.left, letterbox.top, width, height]),
         input_size,
         threshold,
     )
@@ -288,7 +286,7 @@ def test_masks_of_senseless_boxes_are_empty(spoilt: list[float]) -> None:
     for bits in (
         paste_boxes(torch.ones(2, 4, 4), boxes, 10, 8, 0.5),
         paste_prototypes(
-            torch.ones(1, 2, 2), torch.ones(2, 1), boxes, Letterbox(1.0, 1.0, 0, 0, 10, 8), 10, 8, (8, 10), 0.5
+            torch.ones(1, 2, 2), torch.ones(2, 1), boxes, torch.tensor([1.0, 1.0, 0.0, 0.0, 10.0, 8.0]), (8, 10), 0.5
         ),
     ):
         assert bits[0].bits.numel() == 0
@@ -299,6 +297,6 @@ def test_masks_of_neighbouring_boxes_neither_overlap_nor_leave_a_gap() -> None:
     edges = [0.0, 2.5, 3.3, 7.0, 10.0]
     boxes = torch.tensor([[left, 0.0, right, 4.0] for left, right in pairwise(edges)])
     masks = paste_prototypes(
-        torch.ones(1, 2, 2), torch.ones(4, 1), boxes, Letterbox(1.0, 1.0, 0, 0, 10, 4), 10, 4, (4, 10), 0.5
+        torch.ones(1, 2, 2), torch.ones(4, 1), boxes, torch.tensor([1.0, 1.0, 0.0, 0.0, 10.0, 4.0]), (4, 10), 0.5
     )
     np.testing.assert_array_equal(np.sum([pasted(mask, 4, 10) for mask in masks], axis=0), np.ones((4, 10)))

@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from streamd.batch import Assembler
 from streamd.decode.software import SoftwareDecoder, picture_of
 from streamd.messages import Frame, Packet, Picture, Stamp
 from streamd.models.spec import ModelSpec
+from streamd.runner import assemble
 from streamd.sources import Source, SourceOptions, Timeline, open_source
 from tests.clips import REST, TOP_LEFT, drawing, turn, write_clip
 
@@ -250,7 +250,7 @@ def test_the_orientation_of_a_photograph_is_its_rotation(tmp_path: Path, orienta
 def test_a_turned_clip_stands_upright_in_the_batch(tmp_path: Path) -> None:
     frame = decode(turn(write_clip(tmp_path / "stored.mp4", 2), tmp_path / "turned.mp4", 90))[0]
     spec = ModelSpec(name="m", task="detect", labels=("a",), input_size=(64, 48), colour="rgb")
-    image = Assembler(spec, 1, torch.device("cpu"), torch.float32).assemble([frame]).images[0]
+    image = assemble([frame], spec, torch.empty(1, 3, 64, 48)).images[0]
     assert image[:, 8, 40].min() > TOP_LEFT - 10, "the bright quarter is at the top right"
     assert max(image[:, 8, 8].max(), image[:, 56, 8].max(), image[:, 56, 40].max()) < REST + 10
 

@@ -11,11 +11,12 @@ import msgspec
 import pytest
 from rich.console import Console
 
+from streamd.announce import status_message
 from streamd.errors import SubscribeError
 from streamd.messages import StreamState
 from streamd.publish.zeromq import ZeroMqSink
 from streamd.watch import StreamTable, is_same_machine, render, watch
-from streamd.wire import DetectionsMessage, StatusMessage, status_message
+from streamd.wire import DetectionsMessage, StatusMessage
 from tests.redis_server import free_port
 from tests.wire_samples import CAPTURED_AT, make_message, make_status, outgoing, outgoing_status
 

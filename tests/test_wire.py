@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -15,18 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+import streamd.announce
 import streamd.wire
+from streamd.announce import detections_message, status_message
 from streamd.errors import WireError
-from streamd.messages import StreamState
+from streamd.messages import Result, Segment, StreamState
 from streamd.wire import (
     Format,
     Kind,
     Mask,
     channel,
     decode,
-    detections_message,
     encode,
-    status_message,
     stream_key,
     topic,
 )
@@ -96,7 +97,7 @@ def test_capture_time_survives_to_the_microsecond() -> None:
 
 @given(st.floats(min_value=0, max_value=4e9))
 def test_every_time_is_written_with_microseconds(unix_s: float) -> None:
-    text = streamd.wire._utc(unix_s)
+    text = streamd.announce._utc(unix_s)
     assert len(text) == len("2026-01-31T10:00:00.123456Z") and text.endswith("Z")
 
 
@@ -212,3 +213,70 @@ def test_a_subscriber_imports_nothing_heavy(module: str) -> None:
         [sys.executable, "-c", program], capture_output=True, check=True, text=True, env={**os.environ}
     )
     assert run.stdout.strip() == "[]"
+
+
+def pose_result() -> Result:
+    result = make_result(num_objects=1)
+    keypoints = np.array([[[12.3456, 7.0, 0.87654], [-3.25, 2000.0, 1.0003]]], np.float32)
+    return replace(result, detections=replace(result.detections, keypoints=keypoints))
+
+
+def panoptic_result() -> Result:
+    """Make a frame of 8 x 9 pixels: an object on the left, sky on the right of it, and a column of nothing."""
+    left, right = np.zeros((8, 9), bool), np.zeros((8, 9), bool)
+    left[:, :3], right[:, 3:8] = True, True
+    segments = (
+        Segment(label=1, is_thing=True, area=24, mask=rle(left), detection=0),
+        Segment(label=2, is_thing=False, area=40, mask=rle(right)),
+    )
+    result = make_result(num_objects=1)
+    frame = replace(result.frame, width=9, height=8)
+    return replace(result, frame=frame, detections=replace(result.detections, segments=segments))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_keypoints_are_rounded_and_no_score_is_above_one(format: Format) -> None:
+    message = detections_message(pose_result(), 0, LABELS, "")
+    assert decode(encode(message, format), "detections") == message
+    assert message.objects[0].keypoints == ((12.35, 7.0, 0.8765), (-3.25, 2000.0, 1.0))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_segments_are_named_by_their_kind_of_label(format: Format) -> None:
+    message = detections_message(panoptic_result(), 0, LABELS, "", ("things", "grass", "sky"))
+    assert decode(encode(message, format), "detections") == message
+    assert message.segments is not None
+    thing, stuff = message.segments
+    assert (thing.label, thing.label_id, thing.thing, thing.area, thing.object) == ("bicycle", 1, True, 24, 0)
+    assert (stuff.label, stuff.label_id, stuff.thing, stuff.area, stuff.object) == ("sky", 2, False, 40, None)
+
+
+def test_a_segment_reads_as_the_documentation_says() -> None:
+    message = detections_message(panoptic_result(), 0, LABELS, "", ("things", "grass", "sky"))
+    thing, stuff = json.loads(encode(message))["segments"]
+    assert set(thing) == {"label", "label_id", "thing", "area", "object", "mask"}
+    assert set(stuff) == {"label", "label_id", "thing", "area", "mask"}
+    assert set(stuff["mask"]) == {"size", "counts"}
+
+
+def test_segments_make_a_map_of_their_numbers() -> None:
+    message = detections_message(panoptic_result(), 0, LABELS, "", ("things", "grass", "sky"))
+    numbers = message.segment_map()
+    assert numbers.dtype == np.int32
+    np.testing.assert_array_equal(numbers, np.tile([1, 1, 1, 2, 2, 2, 2, 2, 0], (8, 1)))
+
+
+def test_a_message_without_segments_has_an_empty_map() -> None:
+    assert (make_message().segment_map() == np.zeros((1080, 1920))).all()
+
+
+def test_a_segment_of_another_size_than_the_frame_is_a_wire_error() -> None:
+    message = detections_message(panoptic_result(), 0, LABELS, "", ("things", "grass", "sky"))
+    with pytest.raises(WireError, match=r"\(8, 9\) pixels in a frame of \(8, 10\)"):
+        msgspec.structs.replace(message, width=10).segment_map()
+
+
+def test_a_frame_that_nothing_covers_has_segments_all_the_same() -> None:
+    result = make_result(num_objects=0)
+    message = detections_message(replace(result, detections=replace(result.detections, segments=())), 0, LABELS, "")
+    assert json.loads(encode(message))["segments"] == []

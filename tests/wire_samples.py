@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from pycocotools import mask as coco
 
+from streamd.announce import detections_message, status_message
 from streamd.messages import Detections, Frame, Picture, Result, Rle, StageTimes, Stamp, Status, StreamState
 from streamd.publish import Outgoing
-from streamd.wire import DetectionsMessage, Format, detections_message, encode, status_message
+from streamd.wire import DetectionsMessage, Format, encode
 
 LABELS = ("person", "bicycle", "car")
 CAPTURED_AT = 1769853600.123456  # 2026-01-31T10:00:00.123456Z

@@ -11,45 +11,44 @@ import av.error
 import numpy as np
 import torch
 
-from streamd.messages import Frame, Packet, Picture, Stamp
+from streamd.decode.frames import Framer
+from streamd.messages import Frame, Packet, Picture
 
 _PLANAR_YUV = frozenset(
     f"yuv{full}{chroma}p" for full in ("", "j") for chroma in ("410", "411", "420", "422", "440", "444")
 )
 _HD_HEIGHT = 720  # without a matrix in the stream, HD is BT.709 and SD BT.601 (ITU-R BT.709, BT.601)
 
+Layout = Literal["yuv", "nv12", "rgb"]
+
 
 class SoftwareDecoder:
-    """Decode one stream; pictures stay in FFmpeg's buffers and nothing is converted here.
+    """Decode one stream; pictures stay in FFmpeg's buffers and nothing is converted here."""
 
-    One thread and no frame delay: FRAME threading adds latency, and dropping an undrained context deadlocked.
-    Frames after damage are marked corrupt until the next key frame, because they refer to the damaged one.
-    """
-
-    def __init__(self, stream: str, video: av.VideoStream, first_seq: int = 0) -> None:
-        self._stream = stream
+    def __init__(
+        self,
+        stream: str,
+        video: av.VideoStream,
+        first_seq: int = 0,
+        *,
+        reason: str = "asked for",
+        framer: Framer | None = None,
+    ) -> None:
+        """Decode with the context of the stream's container; `framer` is that of a decoder that failed."""
+        self.description = f"software: {reason}"
+        self._framer = framer or Framer(stream, video, first_seq)
         self._context = video.codec_context
-        self._context.thread_type = "SLICE"
-        self._context.thread_count = 1
-        self._context.copy_opaque = True  # a frame carries its packet's stamp through reordering
-        self._context.options = {"err_detect": "explode"}  # report damage instead of painting over it
-        self._time_base = float(video.time_base or 0)
-        self._frame_s = 1 / float(video.average_rate or video.guessed_rate or 25)
-        self._last_pts_s = -self._frame_s
-        self._seq = first_seq
-        self._damaged = False
+        configure(self._context)
 
     def decode(self, packet: Packet) -> Iterator[Frame]:
-        if packet.keyframe:
-            self._damaged = packet.corrupt
-        elif packet.corrupt:
-            self._damaged = True
-        # Not the packet itself: Python's collector does not see FFmpeg's references, so the ring would never be freed.
-        packet.data.opaque = (packet.stamp, self._damaged)
-        return self._frames(packet.data)
+        return self._frames(self._framer.stamped(packet))
 
     def flush(self) -> Iterator[Frame]:
         return self._frames(None)
+
+    def reset(self) -> None:
+        """Forget all that was decoded, so that after a flush a new key frame can come."""
+        self._context.flush_buffers()
 
     def close(self) -> None:
         """Nothing to do: the context belongs to the source's container."""
@@ -60,49 +59,46 @@ class SoftwareDecoder:
             decoded = self._context.decode(data)
         except (av.error.FFmpegError, OSError):
             # A damaged packet. Which exception it is differs by codec; the consequence does not.
-            self._damaged = True
+            self._framer.note_damage()
             return
         decode_ms = (time.perf_counter() - started) * 1e3 / max(1, len(decoded))
         for picture in decoded:
-            yield self._frame(picture, decode_ms)
+            yield self._framer.frame(picture, picture_of(picture), decode_ms)
 
-    def _frame(self, decoded: av.VideoFrame, decode_ms: float) -> Frame:
-        stamp, damaged = cast(tuple[Stamp, bool], decoded.opaque)
-        picture = picture_of(decoded)
-        height, width = picture.planes[0].shape[:2]
-        if picture.rotation in (90, 270):
-            width, height = height, width
-        frame = Frame(
-            stream=self._stream,
-            seq=self._seq,
-            pts_s=self._pts_s(decoded),
-            stamp=stamp,
-            decode_ms=decode_ms,
-            picture=picture,
-            width=width,
-            height=height,
-            keyframe=bool(decoded.key_frame),
-            corrupt=damaged or decoded.is_corrupt,
-        )
-        self._seq += 1
-        return frame
 
-    def _pts_s(self, decoded: av.VideoFrame) -> float:
-        """Return the presentation time; a stream without any, such as a bare H.264 file, plays at its frame rate."""
-        if decoded.pts is None:
-            self._last_pts_s += self._frame_s
-            return self._last_pts_s
-        pts_s = decoded.pts * self._time_base
-        if pts_s <= self._last_pts_s and decoded.dts is not None and decoded.dts * self._time_base > self._last_pts_s:
-            pts_s = decoded.dts * self._time_base  # AVI stores no presentation times, and FFmpeg guesses badly
-        self._last_pts_s = pts_s
-        return pts_s
+def configure(context: av.VideoCodecContext) -> None:
+    """Set a decoder up for live video, unless it has begun.
+
+    One thread and no frame delay: FRAME threading adds latency, and dropping an undrained context deadlocked.
+    """
+    if context.is_open:
+        return
+    context.thread_type = "SLICE"
+    context.thread_count = 1
+    context.copy_opaque = True  # a frame carries its packet's stamp through reordering
+    context.options = {"err_detect": "explode"}  # report damage instead of painting over it
+
+
+def first_look(video: av.VideoStream, keyframe: av.Packet[av.VideoStream]) -> av.VideoFrame | None:
+    """Decode a key frame, to learn what only a decoded frame says; None where it cannot be decoded.
+
+    The container's decoder is afterwards as good as new.
+    """
+    context = video.codec_context
+    configure(context)
+    try:
+        decoded = [*context.decode(keyframe), *context.decode(None)]
+    except (av.error.FFmpegError, OSError):
+        return None
+    finally:
+        context.flush_buffers()
+    return decoded[0] if decoded else None
 
 
 def picture_of(decoded: av.VideoFrame) -> Picture:
     """Wrap FFmpeg's buffers without a copy; rare pixel formats are converted to 8-bit RGB."""
     name = decoded.format.name
-    layout: Literal["yuv", "nv12", "rgb"]
+    layout: Layout
     if name in _PLANAR_YUV:
         layout = "yuv"
     elif name == "nv12":
@@ -112,12 +108,21 @@ def picture_of(decoded: av.VideoFrame) -> Picture:
         if name != "rgb24":
             decoded = decoded.reformat(format="rgb24")
     channels = {"yuv": (1, 1, 1), "nv12": (1, 2), "rgb": (3,)}[layout]
+    planes = tuple(_plane(plane, n) for plane, n in zip(decoded.planes, channels, strict=True))
+    return described(decoded, planes, layout)
+
+
+def described(
+    decoded: av.VideoFrame, planes: tuple[torch.Tensor, ...], layout: Layout, *, ready: torch.cuda.Event | None = None
+) -> Picture:
+    """Make a picture of a frame's planes and of what the frame says about its colours and its orientation."""
     return Picture(
-        planes=tuple(_plane(plane, n) for plane, n in zip(decoded.planes, channels, strict=True)),
+        planes=planes,
         layout=layout,
         matrix=_matrix(decoded),
-        full_range=name.startswith("yuvj") or decoded.color_range == 2,  # AVCOL_RANGE_JPEG
+        full_range=decoded.format.name.startswith("yuvj") or decoded.color_range == 2,  # AVCOL_RANGE_JPEG
         rotation=cast(Literal[0, 90, 180, 270], round(decoded.rotation / 90) * 90 % 360),
+        ready=ready,
     )
 
 

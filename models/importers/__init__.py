@@ -1,0 +1,1 @@
+"""Networks of other projects, from their own configurations and checkpoints."""

@@ -1,0 +1,75 @@
+"""`streamd models`: which networks there are, what they do, and what is on this machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from torchvision.models import get_model_weights
+
+from streamd.errors import ModelError
+from streamd.models import BUILDERS, artifact, weights
+from streamd.models.importers.torchvision import NAMES
+
+_TASKS = {"maskrcnn": "segment", "keypointrcnn": "keypoints"}
+_TORCHVISION_LICENCE = "BSD-3-Clause (torchvision)"
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """One line of the list."""
+
+    name: str
+    task: str
+    input: str
+    licence: str
+    published: str  # accuracy on COCO val2017
+    how: str  # to get it, or where it lies
+
+
+def known_models() -> Iterator[KnownModel]:
+    """List what can be had by name, then the artifacts on this machine."""
+    directories = weights.model_directories()
+    for name, release in weights.RELEASES.items():
+        height, width = BUILDERS[name]().input_size
+        here = any((directory / f"{name}{suffix}").is_file() for directory in directories for suffix in (".pt", ".pth"))
+        how = "on this machine" if here else "fetched at first use"
+        yield KnownModel(name, "detect", f"{width}x{height}", release.licence, f"box {release.coco_ap}", how)
+    for name in NAMES:
+        task = next((task for part, task in _TASKS.items() if name.startswith(part)), "detect")
+        yield KnownModel(name, task, "", _TORCHVISION_LICENCE, _published(name), "streamd import torchvision")
+    for directory in directories:
+        for path in sorted(directory.glob("*.pt")):
+            yield from _on_disk(path)
+
+
+def show(console: Console) -> None:
+    """Print the list."""
+    table = Table("name", "task", "input", "published AP", "licence", "how", box=None, pad_edge=False)
+    for column in table.columns:
+        column.no_wrap = column.header != "how"
+    for model in known_models():
+        licence = model.licence.partition(" (")[0]
+        table.add_row(model.name, model.task, model.input, model.published, licence, model.how)
+    console.print(table)
+    console.print("Detectron2's networks: streamd import detectron2 --help", highlight=False)
+
+
+def _published(name: str) -> str:
+    found = get_model_weights(name)
+    metrics = found["COCO_V1"].meta["_metrics"].get("COCO-val2017", {})
+    return ", ".join(f"{re.sub('_map', '', key)} {value}" for key, value in metrics.items())
+
+
+def _on_disk(path: Path) -> Iterator[KnownModel]:
+    try:
+        spec = artifact.read_spec(path)
+    except ModelError:
+        return
+    height, width = spec.input_size
+    published = ", ".join(f"{name} {value:g}" for name, value in spec.metrics.items())
+    yield KnownModel(spec.name, spec.task, f"{width}x{height}", spec.licence, published, str(path))
