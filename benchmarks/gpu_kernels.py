@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torchvision
+from pycocotools import mask as coco_mask
 from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks.gpu_rows import Row, median_ms, say
 from streamd.gpu import ops, reference
@@ -33,13 +35,16 @@ class Sizes:
     num_images: int
     num_boxes: int
     num_labels: int
+    num_masks: int
     num_frames: int
     frame: tuple[int, int]  # width, height
     network_input: int
 
 
-FULL = Sizes(num_images=16, num_boxes=10_000, num_labels=80, num_frames=32, frame=(1920, 1080), network_input=640)
-SMALL = Sizes(num_images=2, num_boxes=300, num_labels=5, num_frames=2, frame=(192, 108), network_input=64)
+FULL = Sizes(
+    num_images=16, num_boxes=10_000, num_labels=80, num_masks=100, num_frames=32, frame=(1920, 1080), network_input=640
+)
+SMALL = Sizes(num_images=2, num_boxes=300, num_labels=5, num_masks=7, num_frames=2, frame=(192, 108), network_input=64)
 
 
 def random_candidates(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,6 +143,67 @@ def time_preprocess(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     yield Row("preprocess against torch operators", theirs_ms / ours_ms, "x", 3)
 
 
+def random_masks(sizes: Sizes, share: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Make mask probabilities [1, N, 28, 28] of blobs, and boxes [1, N, 4] that each cover `share` of the frame."""
+    generator = torch.Generator().manual_seed(0)
+    width, height = sizes.frame
+    side = torch.linspace(-1, 1, 28)
+    distance = side[:, None] ** 2 + side[None] ** 2
+    radius = 0.5 + torch.rand(sizes.num_masks, 1, 1, generator=generator) * 0.5
+    extent = torch.tensor([width, height]) * share**0.5
+    corner = torch.rand(sizes.num_masks, 2, generator=generator) * (torch.tensor([width, height]) - extent)
+    boxes = torch.cat((corner, corner + extent), dim=-1)
+    return torch.sigmoid(8 * (radius**2 - distance))[None].to(device), boxes[None].to(device)
+
+
+def paste_as_detectron2(masks: Tensor, boxes: Tensor, width: int, height: int) -> list[bytes]:
+    """Sample each mask at every pixel of the frame, bring the pixels to the host, encode them there."""
+    x1, y1, x2, y2 = boxes[..., None].unbind(1)
+    x = (torch.arange(width, device=boxes.device) + 0.5 - x1) / (x2 - x1) * 2 - 1
+    y = (torch.arange(height, device=boxes.device) + 0.5 - y1) / (y2 - y1) * 2 - 1
+    grid = torch.stack((x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)), dim=-1)
+    pasted = F.grid_sample(masks[:, None], grid, align_corners=False)[:, 0] >= 0.5
+    pixels = np.asfortranarray(pasted.cpu().numpy().transpose(1, 2, 0).astype(np.uint8))
+    return [encoded["counts"] for encoded in coco_mask.encode(pixels)]
+
+
+def time_masks(sizes: Sizes, device: torch.device) -> Iterator[Row]:
+    width, height = sizes.frame
+    placements = torch.tensor([[1, 1, 0, 0, width, height]], dtype=torch.float32, device=device)
+    valid = torch.ones(1, sizes.num_masks, dtype=torch.bool, device=device)
+    for share, to_reach in ((0.1, 10.0), (1.0, None)):
+        masks, boxes = random_masks(sizes, share, device)
+
+        def ours(masks: Tensor = masks, boxes: Tensor = boxes) -> list[bytes]:
+            capacity = 2 * sizes.num_masks * (width + 1)
+            encoded = ops.encode_box_masks(masks, boxes, valid, placements, threshold=0.5, capacity=capacity)
+            return encoded.strings()
+
+        def theirs(masks: Tensor = masks, boxes: Tensor = boxes) -> list[bytes]:
+            return paste_as_detectron2(masks[0], boxes[0], width, height)
+
+        _assert_same_masks(ours(), theirs(), height, width)
+        ours_ms, theirs_ms = _wall_ms(ours), _wall_ms(theirs)
+        case = f"paste + rle, {sizes.num_masks} masks of {share:.0%} of {width}x{height}"
+        yield Row(f"{case}, to strings on the host", ours_ms, "ms")
+        yield Row(f"{case}, grid_sample and pycocotools", theirs_ms, "ms")
+        yield Row(f"{case} against grid_sample and pycocotools", theirs_ms / ours_ms, "x", to_reach)
+
+
+def _assert_same_masks(ours: Sequence[bytes], theirs: Sequence[bytes], height: int, width: int) -> None:
+    """Pixels on the very border may round to either side: the masks must agree but for one in a thousand."""
+    for one, other in zip(ours, theirs, strict=True):
+        pair = [{"size": [height, width], "counts": counts} for counts in (one, other)]
+        overlap = float(coco_mask.iou([pair[0]], [pair[1]], [0])[0, 0])
+        if overlap < 0.999:
+            raise AssertionError(f"masks: overlap of {overlap:.4f} with what Detectron2's way gives")
+
+
+def _wall_ms(function: Callable[[], object]) -> float:
+    """Return the median wall time of a function that ends on the host."""
+    return median_ms(function, torch.device("cpu"), num_runs=10)
+
+
 def copy_bytes_per_s(device: torch.device, num_bytes: int) -> float:
     """Measure a copy within the device that reads and writes so many bytes in all, cold in its cache."""
     # As large as what is compared with, but never served by the cache of the last run: the buffers rotate.
@@ -152,7 +218,8 @@ def copy_bytes_per_s(device: torch.device, num_bytes: int) -> float:
     return count * num_bytes / median_ms(copy_all, device) * 1e3
 
 
-TIMED: Sequence[Callable[[Sizes, torch.device], Iterator[Row]]] = (time_nms, time_preprocess)
+Timed = Callable[[Sizes, torch.device], Iterator[Row]]
+TIMED: Sequence[Timed] = (time_nms, time_masks, time_preprocess)
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ class Case:
     frames: Sizes
 
 
-FULL = Case(yolox_s, (640, 640), 8, 300, Sizes(0, 0, 0, num_frames=8, frame=(1920, 1080), network_input=640))
+FULL = Case(yolox_s, (640, 640), 8, 300, Sizes(0, 0, 0, 0, num_frames=8, frame=(1920, 1080), network_input=640))
 SMALL = Case(yolox_nano, (64, 64), 2, 3, SMALL_SIZES)
 
 

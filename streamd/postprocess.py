@@ -6,7 +6,6 @@ pixels, and masks as run lengths. What it gives is small, and once it is on the 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -177,7 +176,7 @@ class Postprocessor:
 
         `segments` are those of the method of this name.
         """
-        masks = _strings(found.masks) if found.masks is not None else None
+        masks = found.masks.strings() if found.masks is not None else None
         detections = []
         for index, frame in enumerate(batch.frames):
             table = found.table[index].numpy(force=True)
@@ -292,10 +291,3 @@ def _to_input(boxes: Tensor, valid: Tensor, placements: Tensor) -> Tensor:
     """Take boxes [B, N, 4] from source pixels to input pixels; those that are no objects become zero."""
     scale, origin = (placements[:, None, column : column + 2].repeat(1, 1, 2) for column in (0, 2))
     return (boxes * scale + origin) * valid[..., None]
-
-
-def _strings(masks: EncodedMasks) -> list[bytes]:
-    """Cut the characters of all masks into one string each; both lie on the host."""
-    offsets = masks.offsets.tolist()
-    characters = masks.characters[: offsets[-1]].numpy(force=True).tobytes()
-    return [characters[first:last] for first, last in itertools.pairwise(offsets)]

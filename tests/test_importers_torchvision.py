@@ -71,24 +71,28 @@ def liven(theirs: Any) -> Any:
     return theirs
 
 
-# Of what layers of such names give.
+# Of what layers of such names give. Not more, or sigmoids of the largest would be equal, and their order by chance.
 SPREADS = {
-    r"(cls_logits|cls_score|mask_fcn_logits|score_lowres|classification_head\.module_list\.\d)(\.1)?$": 2.0,
+    r"(cls_logits|cls_score|mask_fcn_logits|score_lowres|classification_head\.module_list\.\d)(\.1)?$": 1.5,
     r"bbox_(reg|ctrness)$": 1.0,
     r"(bbox_pred|regression_head\.module_list\.\d)(\.1)?$": 0.3,
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Spread:
-    """Scales a layer's weights, so that its output has a deviation."""
+    """Scales a layer's weights, so that no level of a pyramid gives outputs of more than a deviation."""
 
     deviation: float
+    is_first: bool = True
 
     def __call__(self, layer: nn.Module, inputs: object, output: Tensor) -> Tensor | None:
         if not isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             return None
         factor = self.deviation / output.std()
+        if not self.is_first:
+            factor.clamp_(max=1)
+        self.is_first = False
         for parameter in layer.parameters():
             parameter.mul_(factor)
         return output * factor
