@@ -89,7 +89,7 @@ class RoiHeads(nn.Module):
         """Return `boxes` [B,K,4], `scores` [B,K] and `labels` [B,K], where K = proposals x classes.
 
         Boxes are in input pixels, clipped to pictures of `sizes` [B,2]. A pair has the score -inf where its proposal is
-        not valid or its box too small. With masks or keypoints also what their methods read: `features.0`, `features.1`, ...
+        not valid or its box too small. With masks or keypoints also what their methods read: `features.0`, ...
         """
         levels = [features[name] for name in self.config.in_features]
         boxes, found, probabilities = proposals.boxes, [], []
