@@ -63,6 +63,9 @@ class StreamDefaults(_Section):
     )
     loop: bool = Field(False, description="Files only: start again at the end.")
     decoder: Literal["auto", "dali", "nvdec", "software"] = Field("auto", description="auto says why in the status.")
+    frames: Literal["all", "key"] = Field(
+        "all", description="key: decode key frames only; one must come within stall_timeout_s."
+    )
     corrupt_frames: Literal["drop", "publish"] = Field("drop", description="What happens to damaged frames.")
     max_latency_ms: float = Field(
         200, gt=0, le=60_000, description="What the stream's user accepts from arrival to result; sizes the batches."

@@ -35,9 +35,10 @@ _DECODER_NICENESS = 5  # stream threads yield to the model's: a late frame costs
 class Connection:
     """An open source with its decoder, as a supervisor drives it."""
 
-    def __init__(self, source: Source, decoder: Decoder) -> None:
+    def __init__(self, source: Source, decoder: Decoder, *, keyframes_only: bool = False) -> None:
         self._source = source
         self._decoder = decoder
+        self._keyframes_only = keyframes_only
 
     @property
     def decoder(self) -> str:
@@ -48,7 +49,7 @@ class Connection:
         """Yield each decoded frame, and None for a packet that completed none; begins at a key frame."""
         waiting = True
         for packet in self._source.packets():
-            waiting = waiting and not packet.keyframe
+            waiting = not packet.keyframe and (waiting or self._keyframes_only)
             decoded = None
             if not waiting:
                 for decoded in self._decoder.decode(packet):
@@ -70,7 +71,7 @@ def connector(stream: str, config: StreamConfig, decoders: Decoders) -> Callable
     timeline = Timeline()
     register_url(config.url.get_secret_value())
     decoders.check(config.decoder)
-    wish = Wish(config.decoder, config.is_file, config.max_latency_ms / 1e3)
+    wish = Wish(config.decoder, config.is_file, config.max_latency_ms / 1e3, config.frames == "key")
     options = SourceOptions(
         url=config.url.get_secret_value(),
         transport=config.transport,
@@ -82,7 +83,8 @@ def connector(stream: str, config: StreamConfig, decoders: Decoders) -> Callable
         source = open_source(options, timeline)
         try:
             choice = decoders.choose(wish, source.video.codec_context.name)
-            return Connection(source, choice.make(stream, source.video, first_seq))
+            decoder = choice.make(stream, source.video, first_seq)
+            return Connection(source, decoder, keyframes_only=wish.keyframes_only)
         except BaseException:
             source.close()
             raise

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from streamd.announce import Announcer
 from streamd.config import Config
 from streamd.errors import ConfigError
-from streamd.messages import Result
+from streamd.messages import Frame, Result
 from streamd.models import artifact
 from streamd.models.spec import MaskRule, ModelSpec
 from streamd.pipeline import Pipeline
+from tests.clips import write_clip
 
 WITHIN_S = 60
 SCALE = 416 / 768  # of the demo's clip
@@ -140,3 +141,16 @@ def test_a_bug_in_a_worker_is_reported_instead_of_a_silent_thread(two_squares: P
 
     crashes = run_to_the_end(make_config(two_squares, {"clip": demo_clip}), deliver)
     assert crashes and all(isinstance(err, ZeroDivisionError) for err in crashes)
+
+
+def test_of_a_stream_that_is_to_give_key_frames_only_nothing_else_is_decoded(two_squares: Path, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", 20, gop=5)
+    config = make_config(two_squares, {"clip": clip})
+    config = config.model_copy(
+        update={"streams": {"clip": config.streams["clip"].model_copy(update={"frames": "key"})}}
+    )
+    found: list[Frame] = []
+    assert run_to_the_end(config, lambda result: found.append(result.frame)) == []
+    assert [(frame.seq, round(frame.pts_s * 25), frame.keyframe) for frame in found] == [
+        (index, index * 5, True) for index in range(4)
+    ]

@@ -35,7 +35,7 @@ class Wish:
     decoder: Wanted = "auto"
     is_file: bool = False
     max_latency_s: float = 0.2
-    keyframes_only: bool = False  # with DALI only
+    keyframes_only: bool = False  # nothing else will be given to the decoder
 
 
 @dataclass(frozen=True, slots=True)
