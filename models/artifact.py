@@ -28,6 +28,7 @@ from streamd.messages import RawOutput
 from streamd.models import BUILDERS, trial
 from streamd.models.contract import describe_wrong_spec, pack
 from streamd.models.spec import ModelSpec
+from streamd.models.tracing import FreshCasts, follow_device
 
 FORMAT = 1  # of what `export` writes; counted up when artifacts made before must be made again
 SPEC_FILE = "streamd.json"
@@ -149,35 +150,13 @@ def _trace(network: nn.Module, spec: ModelSpec, path: Path) -> bytes:
                 f"{path}: the network does not accept images of shape {list(inputs.images.shape)}: {_last_line(err)}"
             ) from err
         arguments = {"forward": inputs.forward, **inputs.of_methods(spec, output)}
-        with _torch_jit():
+        with _torch_jit(), FreshCasts():
             # strict=False allows the dict of outputs; _compare does what check_trace would do, at other batch sizes.
             module = torch.jit.trace_module(network, arguments, strict=False, check_trace=False)
-            _follow_device(module, path)
+            follow_device(module, path)
             buffer = io.BytesIO()
             torch.jit.save(module, buffer, _extra_files={SPEC_FILE: msgspec.json.encode(spec)})
     return buffer.getvalue()
-
-
-def _follow_device(module: torch.jit.ScriptModule, path: Path) -> None:
-    """Let what a trace wrote down as a fixed device be the device of an input.
-
-    Tracing turns `torch.arange(n, device=x.device)` into a call for the device of the export.
-    """
-    for name, part in module.named_modules():
-        for method in part._c._method_names():
-            graph = part._c._get_method(method).graph
-            tensors = [value for value in graph.inputs() if value.type().isSubtypeOf(torch._C.TensorType.get())]
-            for constant in graph.findAllNodes("prim::Constant"):
-                if constant.output().type().kind() != "DeviceObjType":
-                    continue
-                if not tensors:
-                    raise ModelError(
-                        f"{path}: not written: {name or 'the network'} makes tensors of nothing but numbers, so that "
-                        "they would stay on the CPU; keep them as buffers or derive them from an input"
-                    )
-                device = graph.create("prim::device", [tensors[0]], 1)
-                device.output().setType(torch._C.DeviceObjType.get())
-                constant.output().replaceAllUsesWith(device.insertBefore(constant).output())
 
 
 def _compare(network: nn.Module, written: Path, spec: ModelSpec, path: Path) -> None:

@@ -80,4 +80,4 @@ class RoiPooler(nn.Module):
             aligned = self.config.kind == "align"
             # torchvision.ops.roi_align would check shapes in a way that warns in a trace.
             pooled = torch.ops.torchvision.roi_align(x, rois, scale, side, side, self.config.sampling_ratio, aligned)
-        return pooled.to(feature.dtype)
+        return pooled.type_as(feature)  # not .to(dtype), which a trace would keep

@@ -150,7 +150,9 @@ class Runner:
         self.wait(running)
         try:
             found = replace(running.found, masks=self._fetch_masks(running))
-            return self._postprocessor.describe(found, running.batch)
+            with self._copy.after():
+                segments = self._postprocessor.segments(running.raw, running.computed, running.batch)
+            return self._postprocessor.describe(found, running.batch, segments)
         finally:
             self._free.put(running.slot)
 
@@ -253,8 +255,8 @@ class _HostCopy:
 
 
 def _per_image(found: Found) -> dict[str, torch.Tensor]:
-    """Name the results that have a row for each image."""
-    values = {field.name: getattr(found, field.name) for field in fields(found)}
+    """Name the results that have a row for each image, but for mask probabilities, which stay on the device."""
+    values = {field.name: getattr(found, field.name) for field in fields(found) if field.name != "probabilities"}
     return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 

@@ -417,3 +417,23 @@ def test_a_device_that_is_not_there_is_an_error(model: Path) -> None:
         pytest.skip("needs a machine without a GPU")
     with pytest.raises(ModelError, match="cannot be loaded onto the device cuda"):
         artifact.load(model, "cuda")
+
+
+def test_a_cast_in_a_network_does_not_bind_what_it_was_made_of(tmp_path: Path) -> None:
+    class Casting(nn.Module):
+        """Use a feature in float32 first, and then as it is."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3, stride=8), nn.Conv2d(4, 1, 1)
+
+        def forward(self, images: Tensor) -> dict[str, Tensor]:
+            feature = self.first(images)
+            mean = feature.float().mean((1, 2, 3))
+            again = self.second(feature).float().mean((1, 2, 3))
+            return {"boxes": mean[:, None, None].expand(-1, 5, 4), "scores": again[:, None, None].expand(-1, 5, 3)}
+
+    artifact.export(Casting(), DETECT, tmp_path / "model.pt")
+    module, spec = artifact.load(tmp_path / "model.pt", dtype=torch.float16)
+    raw = artifact.forward(module, spec, torch.rand(2, 3, *SIZE).half(), torch.empty(0))
+    assert raw.boxes.dtype == raw.scores.dtype == torch.float32

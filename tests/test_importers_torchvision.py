@@ -46,27 +46,38 @@ def random_network(name: str) -> Any:
     return liven(get_model(name, weights=None, weights_backbone=None, **options))
 
 
+def random_pictures(theirs: Any, seed: int) -> list[Tensor]:
+    """Make two pictures [3,h,w] that need no resizing, the second with padding where the network takes any shape."""
+    random = torch.Generator().manual_seed(seed)
+    fixed = theirs.transform.fixed_size
+    sizes = (fixed, fixed) if fixed else (SIZE, (SIZE[0], SIZE[0]))
+    return [torch.rand(3, *size, generator=random) for size in sizes]
+
+
 def liven(theirs: Any) -> Any:
     """Give norms the statistics of noise, and predictors weights that say different things of different places."""
-    # Of the very kind and size of the pictures to come, or deep layers would give something far larger for them.
-    noise = torch.rand(2, 3, *(theirs.transform.fixed_size or SIZE), generator=torch.Generator().manual_seed(1))
+    # Of the very kind and sizes of the pictures to come, or deep layers would give something far larger for them.
+    noise = random_pictures(theirs, seed=1)
     norms = [layer for layer in theirs.modules() if isinstance(layer, nn.BatchNorm2d)]
     for norm in norms:
         nn.init.uniform_(norm.weight, 0.7, 1.3)
         nn.init.uniform_(norm.bias, -0.2, 0.2)
         norm.momentum = 1.0
-    theirs.train().backbone(theirs.transform(list(noise))[0].tensors)
+    theirs.train().backbone(theirs.transform(noise)[0].tensors)
     for norm in norms:
         norm.momentum = 0.1
-    hooks = [
-        layer.register_forward_hook(Spread(spread))
+    predictors: list[tuple[Any, Any]] = [
+        (layer, layer.register_forward_hook(Spread(deviation)))
         for name, layer in theirs.named_modules()
-        for pattern, spread in SPREADS.items()
-        if re.search(pattern, name)
+        for pattern, deviation in SPREADS.items()
+        if re.search(pattern, name) and isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))
     ]
+    for layer, _ in predictors:
+        nn.init.zeros_(layer.bias)
     with torch.no_grad():
-        theirs.eval()(list(noise))
-    for hook in hooks:
+        theirs.eval()(noise)
+    for layer, hook in predictors:
+        nn.init.normal_(layer.bias, std=0.2)
         hook.remove()
     return theirs
 
@@ -86,15 +97,12 @@ class Spread:
     deviation: float
     is_first: bool = True
 
-    def __call__(self, layer: nn.Module, inputs: object, output: Tensor) -> Tensor | None:
-        if not isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            return None
+    def __call__(self, layer: Any, inputs: object, output: Tensor) -> Tensor:
         factor = self.deviation / output.std()
         if not self.is_first:
             factor.clamp_(max=1)
         self.is_first = False
-        for parameter in layer.parameters():
-            parameter.mul_(factor)
+        layer.weight.mul_(factor)
         return output * factor
 
 
@@ -107,29 +115,39 @@ class Pictures:
     sizes: Tensor
 
     @classmethod
-    def random(cls, spec: ModelSpec, *sizes: tuple[int, int]) -> Pictures:
-        pictures = [torch.rand(3, *size, generator=torch.Generator().manual_seed(7)) for size in sizes]
+    def random(cls, theirs: Any, spec: ModelSpec) -> Pictures:
+        pictures = random_pictures(theirs, seed=2)
         mean, std = (torch.tensor(values)[:, None, None] for values in (spec.mean, spec.std))
-        images = torch.zeros(len(sizes), 3, *spec.input_size)
+        images = torch.zeros(2, 3, *spec.input_size)
         for image, picture in zip(images, pictures, strict=True):
             image[:, : picture.shape[1], : picture.shape[2]] = (picture * 255 - mean) / std
-        return cls(pictures, images, torch.tensor(sizes, dtype=torch.float32))
+        # Theirs are equal but for rounding, of which a network with random weights makes much.
+        exact, _ = theirs.transform(pictures)
+        torch.testing.assert_close(images, exact.tensors, rtol=1e-5, atol=1e-5)
+        sizes = torch.tensor([picture.shape[1:] for picture in pictures], dtype=torch.float32)
+        return cls(pictures, exact.tensors, sizes)
 
 
 def suppress(output: dict[str, Tensor], spec: ModelSpec, i: int) -> dict[str, Tensor]:
     """Return what the daemon would keep of image i, in input pixels."""
     boxes, scores, labels = (output[name][i] for name in ("boxes", "scores", "labels"))
     rows = (scores >= spec.nms.score_threshold).nonzero()[:, 0]
-    rows = rows[batched_nms(boxes[rows], scores[rows], labels[rows], spec.nms.iou_threshold)]
+    # Labels as torchvision counts them, since it moves boxes by them before it compares, and rounds.
+    rows = rows[batched_nms(boxes[rows], scores[rows], labels[rows] + 1, spec.nms.iou_threshold)]
     rows = rows[: spec.nms.max_detections]
     return {"boxes": boxes[rows], "scores": scores[rows], "labels": labels[rows]}
 
 
 def assert_same_detections(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert len(expected["scores"]) > 5
+    """Compare the detections, of which neighbours may swap where their scores are nearly equal."""
+    assert len(found["scores"]) == len(expected["scores"]) > 5
     torch.testing.assert_close(found["scores"], expected["scores"], rtol=0, atol=1e-4)
-    torch.testing.assert_close(found["boxes"], expected["boxes"], rtol=0, atol=1e-2)
-    assert (found["labels"] + 1).tolist() == expected["labels"].tolist()
+    distance = (found["boxes"][:, None] - expected["boxes"]).abs().amax(-1)
+    distance[found["labels"][:, None] + 1 != expected["labels"]] = torch.inf
+    nearest, twins = distance.min(1)
+    assert nearest.max() < 1e-2
+    assert distance.amin(0).max() < 1e-2
+    assert (twins - torch.arange(len(twins))).abs().float().mean() < 1
 
 
 @dataclass(slots=True)
@@ -149,7 +167,7 @@ def test_networks_of_two_stages_find_what_torchvision_finds(name: str) -> None:
     network, spec = importer.convert(theirs, name)
     assert isinstance(network, Rcnn)
     network.eval()
-    pictures = Pictures.random(spec, SIZE, (SIZE[0], SIZE[0]))
+    pictures = Pictures.random(theirs, spec)
     masks, keypoints = Listener(), Listener()
     if theirs.roi_heads.has_mask():
         theirs.roi_heads.mask_predictor.register_forward_hook(masks)
@@ -180,7 +198,7 @@ def test_networks_of_one_stage_find_what_torchvision_finds(name: str) -> None:
     logits = theirs.head.classification_head.cls_logits
     logits.bias[:: NUM_CLASSES + 1] = -100  # class 0 is never trained, and is left out here
     network, spec = importer.convert(theirs, name)
-    pictures = Pictures.random(spec, SIZE, (SIZE[0], SIZE[0]))
+    pictures = Pictures.random(theirs, spec)
     output = network.eval()(pictures.images, pictures.sizes)
     for i, expected in enumerate(theirs(pictures.theirs)):
         assert_same_detections(suppress(output, spec, i), expected)
@@ -191,7 +209,7 @@ def test_networks_of_one_stage_find_what_torchvision_finds(name: str) -> None:
 def test_ssd_finds_what_torchvision_finds(name: str) -> None:
     theirs = random_network(name)
     network, spec = importer.convert(theirs, name)
-    pictures = Pictures.random(spec, spec.input_size, spec.input_size)
+    pictures = Pictures.random(theirs, spec)
     assert not spec.sized
     output = network.eval()(pictures.images)
     for i, expected in enumerate(theirs(pictures.theirs)):
@@ -200,10 +218,11 @@ def test_ssd_finds_what_torchvision_finds(name: str) -> None:
 
 @torch.inference_mode()
 def test_the_artifact_of_ssdlite_gives_what_the_network_gives(tmp_path: Path) -> None:
-    network, spec = importer.convert(random_network(SSD[0]), SSD[0])
+    theirs = random_network(SSD[0])
+    network, spec = importer.convert(theirs, SSD[0])
     artifact.export(network, spec, tmp_path / "model.pt")
     module, _ = artifact.load(tmp_path / "model.pt")
-    images = Pictures.random(spec, spec.input_size, spec.input_size).images
+    images = Pictures.random(theirs, spec).images
     torch.testing.assert_close(module(images), network.eval()(images), rtol=1e-4, atol=1e-3)
 
 
@@ -213,7 +232,7 @@ def test_a_mask_rcnn_of_another_depth_is_converted_and_exported(tmp_path: Path) 
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None, trainable_layers=5)
     theirs = liven(MaskRCNN(backbone, NUM_CLASSES + 1, min_size=SIZE[0], max_size=SIZE[1], rpn_post_nms_top_n_test=20))
     network, spec = importer.convert(theirs, "own")
-    pictures = Pictures.random(spec, SIZE, (SIZE[0], SIZE[0]))
+    pictures = Pictures.random(theirs, spec)
     artifact.export(network, spec, tmp_path / "model.pt")
     module, _ = artifact.load(tmp_path / "model.pt")
     output = module(pictures.images, pictures.sizes)

@@ -10,12 +10,14 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from streamd.errors import ModelError
-from streamd.messages import Detections
+from streamd.gpu.reference import preprocess
+from streamd.messages import Detections, Picture
 from streamd.models import artifact, parity
 from streamd.models.importers import detectron2
-from streamd.models.spec import ModelSpec
+from streamd.models.spec import ModelSpec, ResizeRule
 from streamd.models.yolox import yolox_nano
 from tests.parity_reference import Reference, assert_same, read_reference
 
@@ -101,3 +103,26 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_picture_that_does_not_fit_the_input_is_an_error_that_says_so(small: Path) -> None:
     with pytest.raises(ModelError, match=r"input is \[64, 96\], too small for a picture of \[65, 20\]"):
         parity.run(small, [np.zeros((3, 65, 20), np.uint8)], [(130, 40)])
+
+
+RULES = {
+    "shortest_edge": ((800, 1344), ResizeRule(kind="shortest_edge", min_size=800, max_size=1333, pad=None)),
+    "letterbox": ((640, 640), ResizeRule()),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_photographs_are_resized_as_pil_does_to_two_grey_levels(shared: Path, rule: str) -> None:
+    input_size, resize = RULES[rule]
+    spec = ModelSpec(name=rule, task="detect", labels=("a",), input_size=input_size, colour="rgb", resize=resize)
+    photographs = sorted((shared / "data" / "persons").rglob("*.jpg"))[:5]
+    assert photographs
+    for photograph in photographs:
+        pixels = np.array(Image.open(photograph).convert("RGB"))
+        box = spec.letterbox(pixels.shape[1], pixels.shape[0])
+        image = torch.empty(1, 3, *input_size)
+        picture = Picture((torch.from_numpy(pixels),), "rgb", "bt709", full_range=True, rotation=0)
+        preprocess([picture], [box], image, colour="rgb", mean=spec.mean, std=spec.std, pad=spec.padding)
+        ours = image[0, :, box.top : box.top + box.height, box.left : box.left + box.width].permute(1, 2, 0).numpy()
+        theirs = Image.fromarray(pixels).resize((box.width, box.height), Image.Resampling.BILINEAR)
+        assert np.abs(ours - np.asarray(theirs)).mean() < 2

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from streamd.errors import ModelError
 from streamd.infer import Model
 from streamd.messages import Detections, Frame
+from streamd.models import artifact
 from streamd.models.spec import ModelSpec, NmsRule
 from streamd.runner import Runner, assemble
 from tests.fakes import in_threads, make_frame
@@ -136,6 +138,25 @@ def test_frames_are_letterboxed_into_the_first_slots_of_the_memory_that_is_given
     assert torch.all(images[:2, :, :, :4] == 0), "the black pixel, scaled up"
     assert torch.all(images[:2, :, :, 4:] == 114), "the padding"
     assert torch.all(images[2] == -1), "not asked for"
+
+
+class Halves(nn.Module):
+    """Call the left half of every input the first label and the right half the second."""
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        left = images[:, :1, ::4, ::4] * 0 + (torch.arange(24) < 12)
+        return {"semantic": torch.cat((left, 1 - left), dim=1)}
+
+
+def test_segments_of_a_semantic_model_come_out_at_the_pictures_size(tmp_path: Path, frames: Sequence[Frame]) -> None:
+    spec = ModelSpec(name="halves", task="semantic", labels=("left", "right"), input_size=(72, 96), colour="rgb")
+    artifact.export(Halves(), spec, tmp_path / "halves.pt")
+    for found in run(Runner(Model(tmp_path / "halves.pt", "cpu"), RULE, max_batch=2), frames[:2]):
+        assert found.segments is not None and len(found) == 0
+        assert [(segment.label, segment.is_thing, segment.area) for segment in found.segments] == [
+            (0, False, 40 * 60),
+            (1, False, 40 * 60),
+        ]
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
