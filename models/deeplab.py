@@ -7,7 +7,9 @@ needs, is left out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torchvision.models import segmentation
@@ -15,6 +17,8 @@ from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from streamd.errors import ModelError
+from streamd.models.importers import checkpoint
+from streamd.models.importers.checkpoint import Checkpoint
 from streamd.models.layers import static_size
 from streamd.models.spec import ModelSpec, ResizeRule
 
@@ -24,6 +28,7 @@ VARIANTS = {
     "deeplabv3_resnet101": segmentation.deeplabv3_resnet101,
 }
 AUXILIARY_PREFIX = "aux_classifier."  # of the parameters of torchvision's checkpoints that are not needed
+_LAST_BIAS = "classifier.4.bias"
 VOC_LABELS: tuple[str, ...] = tuple(DeepLabV3_ResNet50_Weights.DEFAULT.meta["categories"])
 
 # torchvision's preset: the shorter side of a picture has 520 pixels, and ImageNet's mean and deviation.
@@ -79,6 +84,30 @@ def _pool_pyramid(pyramid: ASPP, x: Tensor, inside: Tensor) -> Tensor:
         mean = layer(mean)
     y: Tensor = pyramid.project(torch.cat((*branches, mean.expand_as(branches[0])), dim=1))
     return y
+
+
+def load(variant: str, weights: Checkpoint, labels: Sequence[str] | None = None) -> tuple[DeepLab, ModelSpec]:
+    """Build a network with the weights of torchvision's network of the same name, ready for inference.
+
+    Without `labels` they are Pascal VOC's, which torchvision's own weights have, if they are as many, else background,
+    class_1, class_2, ... Raises ModelError.
+    """
+    biases = weights.state.get(_LAST_BIAS)
+    if biases is None:
+        raise ModelError(f"{weights.path}: has no {_LAST_BIAS}: not a checkpoint of torchvision's {variant}")
+    num_classes = len(biases)
+    if labels is None:
+        is_voc = num_classes == len(VOC_LABELS)
+        labels = VOC_LABELS if is_voc else ("background", *(f"class_{index}" for index in range(1, num_classes)))
+    if len(labels) != num_classes:
+        raise ModelError(
+            f"{weights.path}: has {num_classes} classes with the background, so it needs as many labels, "
+            f"got {len(labels)}"
+        )
+    network, spec = build(variant, labels)
+    needed = {name: value for name, value in weights.state.items() if not name.startswith(AUXILIARY_PREFIX)}
+    checkpoint.load(network, replace(weights, state=needed))
+    return network.eval(), msgspec.structs.replace(spec, weights_sha256=weights.sha256)
 
 
 def build(

@@ -78,6 +78,21 @@ def yolox(
     _say(export_checkpoint(variant, weights, out, labels=names), out)
 
 
+@import_app.command()
+def hf(
+    source: Annotated[str, typer.Argument(help="A folder, or the name of a repository of Hugging Face's hub.")],
+    out: Out,
+    labels: Labels = None,
+) -> None:
+    """Import a detector of transformers: RT-DETR, D-FINE, RF-DETR. Needs `pip install 'streamd[hf]'`.
+
+    Example: streamd import hf ./my-rtdetr -o gate.pt
+    """
+    from streamd.models.importers import hf as importer
+
+    _export(*importer.load(source, read_labels(labels)), out, None)
+
+
 def read_labels(path: Path | None) -> list[str] | None:
     """Read one label a line. Raises ConfigError."""
     if path is None:

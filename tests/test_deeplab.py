@@ -13,7 +13,7 @@ from torchvision.models import segmentation
 from streamd.errors import ModelError
 from streamd.models import artifact, deeplab
 from streamd.models.deeplab import DeepLab
-from streamd.models.weights import load_weights
+from streamd.models.importers.checkpoint import Checkpoint
 
 SIZE = (96, 128)
 
@@ -34,11 +34,13 @@ def torchvision_network() -> segmentation.DeepLabV3:
 
 
 @pytest.fixture(scope="module")
-def network(torchvision_network: segmentation.DeepLabV3) -> DeepLab:
-    state = torchvision_network.state_dict()
-    ours, _ = deeplab.build("deeplabv3_mobilenet_v3_large", "abcde", SIZE)
-    load_weights(ours, {k: v for k, v in state.items() if not k.startswith(deeplab.AUXILIARY_PREFIX)})
-    return ours.eval()
+def weights(torchvision_network: segmentation.DeepLabV3) -> Checkpoint:
+    return Checkpoint(Path("deeplab.pth"), "1234", torchvision_network.state_dict())
+
+
+@pytest.fixture(scope="module")
+def network(weights: Checkpoint) -> DeepLab:
+    return deeplab.load("deeplabv3_mobilenet_v3_large", weights, "abcde")[0]
 
 
 class NoBackbone(torch.nn.Module):
@@ -109,3 +111,15 @@ def test_each_variant_has_the_published_number_of_parameters(variant: str) -> No
 def test_an_unknown_variant_is_refused_with_the_names_that_there_are() -> None:
     with pytest.raises(ModelError, match=r"deeplabv4: no such network; those of DeepLabV3 are .*deeplabv3_resnet50"):
         deeplab.build("deeplabv4")
+
+
+def test_a_checkpoint_names_its_classes_and_another_one_is_refused(weights: Checkpoint) -> None:
+    variant = "deeplabv3_mobilenet_v3_large"
+    _, spec = deeplab.load(variant, weights)
+    assert (spec.labels[:2], spec.weights_sha256) == (("background", "class_1"), "1234")
+    with pytest.raises(ModelError, match=r"deeplab.pth: has 5 classes with the background, .* got 2"):
+        deeplab.load(variant, weights, ["a", "b"])
+    with pytest.raises(ModelError, match=r"x.pth: has no classifier.4.bias: not a checkpoint of torchvision's"):
+        deeplab.load(variant, Checkpoint(Path("x.pth"), "", {}))
+    with pytest.raises(ModelError, match=r"deeplab.pth: the parameters do not fit the network"):
+        deeplab.load("deeplabv3_resnet50", weights)

@@ -42,7 +42,7 @@ def random_network(name: str) -> Any:
     if name not in SSD:
         options |= {"min_size": SIZE[0], "max_size": SIZE[1]}
     if name in TWO_STAGES:
-        options |= {"rpn_post_nms_top_n_test": 60}
+        options |= {"rpn_post_nms_top_n_test": 60, "box_detections_per_img": 20}
     return liven(get_model(name, weights=None, weights_backbone=None, **options))
 
 
@@ -147,7 +147,7 @@ def assert_same_detections(found: dict[str, Tensor], expected: dict[str, Tensor]
     nearest, twins = distance.min(1)
     assert nearest.max() < 1e-2
     assert distance.amin(0).max() < 1e-2
-    assert (twins - torch.arange(len(twins))).abs().float().mean() < 1
+    assert (twins == torch.arange(len(twins))).float().mean() > 0.8
 
 
 @dataclass(slots=True)
