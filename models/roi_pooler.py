@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torchvision
+import torchvision  # noqa: F401  registers torch.ops.torchvision
 from torch import Tensor, nn
 
 CANONICAL_SIZE = 224  # a box of this side in input pixels ...
 CANONICAL_LEVEL = 4  # ... is pooled from the map of stride 2^4 (FPN, arXiv:1612.03144, equation 1)
 OUTSIDE = -1e4  # input pixels: a box so far outside of the picture pools zeros, and touches no feature
-
-assert torchvision.__version__  # importing it registers torch.ops.torchvision
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +51,12 @@ class RoiPooler(nn.Module):
         levels = self.levels(boxes)[..., None]
         # Every level pools all boxes, those of other levels from outside of the picture, which costs next to nothing:
         # to pick them out would make shapes that depend on the data.
-        pooled = [
-            self._pool(feature, torch.where(levels == index, boxes, OUTSIDE), stride)
-            for index, (feature, stride) in enumerate(zip(features, self.strides, strict=True))
-        ]
-        total = pooled[0]
-        for part in pooled[1:]:
-            total += part
-        return total
+        pooled: Tensor | None = None
+        for index, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
+            part = self._pool(feature, torch.where(levels == index, boxes, OUTSIDE), stride)
+            pooled = part if pooled is None else pooled.add_(part)  # so that no more than two are held at once
+        assert pooled is not None
+        return pooled
 
     def levels(self, boxes: Tensor) -> Tensor:
         """Say from which map each box [...,4] is pooled, as an index into `strides`, float32."""

@@ -308,6 +308,16 @@ def test_ssd_stretches_its_pictures() -> None:
     assert (placed.width, placed.height, placed.scale_x, placed.scale_y) == (320, 320, 0.25, 320 / 720)
 
 
+def test_deeplab_is_imported_by_its_name_too(tmp_path: Path) -> None:
+    name = "deeplabv3_mobilenet_v3_large"
+    network, spec = importer.load(name, labels=("background", "road"))
+    assert (spec.task, spec.labels) == ("semantic", ("background", "road"))
+    torch.save(network.state_dict(), tmp_path / "own.pth")
+    again, spec = importer.load(name, tmp_path / "own.pth")
+    assert spec.labels == ("background", "class_1")
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in network.state_dict().items())
+
+
 def test_an_unknown_network_is_refused_with_those_that_are_known() -> None:
     with pytest.raises(ModelError, match=r"'resnet50'.*maskrcnn_resnet50_fpn_v2"):
         importer.load("resnet50")

@@ -13,6 +13,7 @@ from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.ssd import SSD
 
 from streamd.errors import ModelError
+from streamd.models import deeplab
 from streamd.models.importers import checkpoint
 from streamd.models.importers.checkpoint import Checkpoint
 from streamd.models.importers.torchvision_layers import Theirs
@@ -57,14 +58,17 @@ _WITHOUT_EPSILON = (
 def load(
     name: str, weights: str | Path | None = None, labels: Sequence[str] | None = None
 ) -> tuple[nn.Module, ModelSpec]:
-    """Build a network of NAMES, ready for inference.
+    """Build a detector of NAMES, or a segmenter of `deeplab.VARIANTS`, ready for inference.
 
     `weights` are a checkpoint of torchvision's network, the name of published ones, which are fetched into torch's
     cache ("DEFAULT", "COCO_V1"), or None for random ones. Without `labels` they are those of the published weights
-    where there are as many, else class_0, class_1, ...; the background has none. Raises ModelError.
+    where there are as many, else class_0, class_1, ...; a detector's background has none. Raises ModelError.
     """
+    if name in deeplab.VARIANTS:
+        return _load_deeplab(name, weights, labels)
     if name not in NAMES:
-        raise ModelError(f"{name!r}: streamd imports no such network of torchvision; it imports {', '.join(NAMES)}")
+        known = ", ".join((*NAMES, *deeplab.VARIANTS))
+        raise ModelError(f"{name!r}: streamd imports no such network of torchvision; it imports {known}")
     if weights is None:
         network, spec = convert(get_model(name, weights=None, weights_backbone=None), name)
         return network.eval(), msgspec.structs.replace(spec, labels=_labels(name, len(spec.labels), labels))
@@ -82,6 +86,13 @@ def load(
         metrics=_metrics(release) if release is not None else {},
     )
     return network.eval(), spec
+
+
+def _load_deeplab(name: str, weights: str | Path | None, labels: Sequence[str] | None) -> tuple[nn.Module, ModelSpec]:
+    if weights is None:
+        network, spec = deeplab.build(name, labels or deeplab.VOC_LABELS)
+        return network.eval(), spec
+    return deeplab.load(name, checkpoint.read(_find(name, weights)), labels)
 
 
 def convert(theirs: Theirs, name: str) -> tuple[nn.Module, ModelSpec]:
