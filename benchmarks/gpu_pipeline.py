@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,11 +23,12 @@ from benchmarks.gpu_kernels import SMALL as SMALL_SIZES
 from benchmarks.gpu_kernels import Sizes, random_nv12
 from benchmarks.gpu_rows import Row, say
 from streamd.infer import Model
-from streamd.messages import Frame, Stamp
+from streamd.messages import Frame
 from streamd.models import artifact
 from streamd.models.spec import MaskRule, ModelSpec, NmsRule
 from streamd.models.yolox import YOLOX, yolox_nano, yolox_s
 from streamd.runner import Runner, Running, assemble
+from tests.fakes import make_frame
 
 NUM_OBJECTS = 20  # in each image, which is what the threshold is chosen for
 
@@ -64,23 +65,12 @@ def make_model(case: Case, device: str, folder: Path, num_prototypes: int) -> Mo
     return Model(path, device)
 
 
-def make_frames(case: Case, device: torch.device) -> list[Frame]:
+def synthetic_frames(case: Case, device: torch.device) -> list[Frame]:
     width, height = case.frames.frame
-    stamp = Stamp(epoch=0, arrived_ns=0, captured_at=0.0, clock="arrival")
+    pictures = random_nv12(case.frames, device)[: case.batch]
     return [
-        Frame(
-            stream=f"camera {index}",
-            seq=0,
-            pts_s=0.0,
-            stamp=stamp,
-            decode_ms=0.0,
-            picture=picture,
-            width=width,
-            height=height,
-            keyframe=True,
-            corrupt=False,
-        )
-        for index, picture in enumerate(random_nv12(case.frames, device)[: case.batch])
+        replace(make_frame(f"camera {index}"), picture=picture, width=width, height=height)
+        for index, picture in enumerate(pictures)
     ]
 
 
@@ -132,7 +122,7 @@ def time_pipeline(case: Case, device: str, folder: Path) -> Iterator[Row]:
     speeds = {}
     for kind, num_prototypes in (("detector", 0), ("segmenter", 32)):
         model = make_model(case, device, folder, num_prototypes)
-        frames = make_frames(case, model.device)
+        frames = synthetic_frames(case, model.device)
         rule = NmsRule(score_threshold=threshold_for(model, frames, NUM_OBJECTS))
         runner = Runner(model, rule, case.batch)
         runner.capture()

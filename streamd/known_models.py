@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +61,7 @@ def show(console: Console) -> None:
 def _published(name: str) -> str:
     found = get_model_weights(name)
     metrics = found["COCO_V1"].meta["_metrics"].get("COCO-val2017", {})
-    return ", ".join(f"{re.sub('_map', '', key)} {value}" for key, value in metrics.items())
+    return ", ".join(f"{key.removesuffix('_map')} {value}" for key, value in metrics.items())
 
 
 def _on_disk(path: Path) -> Iterator[KnownModel]:

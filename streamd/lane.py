@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -18,12 +17,6 @@ from streamd.messages import Detections, Frame, Result, StageTimes
 from streamd.models import weights
 from streamd.models.spec import ModelSpec, NmsRule
 from streamd.runner import Runner, Running
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Begun:
-    running: Running
-    taken_ns: int
 
 
 class Lane:
@@ -68,7 +61,7 @@ class Lane:
             runners = [self._runner(plan) for _ in range(plan.workers)]
             return {f"infer {self.name} {index}": self._worker(runner, plan) for index, runner in enumerate(runners)}
         runner = self._runner(plan)
-        begun: queue.SimpleQueue[_Begun | None] = queue.SimpleQueue()  # bounded by the runner's slots
+        begun: queue.SimpleQueue[Running | None] = queue.SimpleQueue()  # bounded by the runner's slots
         return {
             f"infer {self.name}": lambda: self._begin_all(runner, plan, begun),
             f"finish {self.name}": lambda: self._finish_all(runner, begun),
@@ -84,47 +77,42 @@ class Lane:
             torch.set_num_threads(plan.threads)
             torch.set_flush_denormal(True)
             while frames := self._take(plan):
-                self._complete(runner, _begin(runner, frames))
+                self._complete(runner, runner.begin(frames))
 
         return work
 
-    def _begin_all(self, runner: Runner, plan: Plan, begun: queue.SimpleQueue[_Begun | None]) -> None:
+    def _begin_all(self, runner: Runner, plan: Plan, begun: queue.SimpleQueue[Running | None]) -> None:
         try:
             while frames := self._take(plan):
-                begun.put(_begin(runner, frames))
+                begun.put(runner.begin(frames))
         finally:
             begun.put(None)
 
-    def _finish_all(self, runner: Runner, begun: queue.SimpleQueue[_Begun | None]) -> None:
+    def _finish_all(self, runner: Runner, begun: queue.SimpleQueue[Running | None]) -> None:
         while (batch := begun.get()) is not None:
             self._complete(runner, batch)
 
     def _take(self, plan: Plan) -> Sequence[Frame]:
         return self.batcher.take(plan.max_batch, self.config.max_wait_ms / 1e3)
 
-    def _complete(self, runner: Runner, begun: _Begun) -> None:
-        runner.wait(begun.running)
+    def _complete(self, runner: Runner, running: Running) -> None:
+        runner.wait(running)
         inferred_ns = time.monotonic_ns()
-        detections = runner.finish(begun.running)
-        self._in_order.complete(self._results(begun, detections, inferred_ns))
+        detections = runner.finish(running)
+        self._in_order.complete(self._results(running, detections, inferred_ns))
 
-    def _results(self, begun: _Begun, detections: Sequence[Detections], inferred_ns: int) -> list[Result]:
+    def _results(self, running: Running, detections: Sequence[Detections], inferred_ns: int) -> list[Result]:
         done_ns = time.monotonic_ns()
         return [
             Result(
                 frame=frame,
                 detections=found,
-                times=_stage_times(frame, begun.taken_ns, inferred_ns, done_ns),
+                times=_stage_times(frame, running.begun_ns, inferred_ns, done_ns),
                 dropped=self.batcher.num_dropped(frame.stream),
                 model=self.name,
             )
-            for frame, found in zip(begun.running.batch.frames, detections, strict=True)
+            for frame, found in zip(running.batch.frames, detections, strict=True)
         ]
-
-
-def _begin(runner: Runner, frames: Sequence[Frame]) -> _Begun:
-    taken_ns = time.monotonic_ns()
-    return _Begun(runner.begin(frames), taken_ns)
 
 
 def devices(config: ModelConfig) -> list[str]:

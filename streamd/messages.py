@@ -164,8 +164,8 @@ class StageTimes:
 
     decode: float
     wait: float  # in the mailbox, until a batch took it
-    infer: float  # letterbox and model, of the batch
-    post: float  # NMS, masks, and the copy to the host
+    infer: float  # letterbox, model and NMS, of the batch, until the device is done with them
+    post: float  # what is then left for the host: fetching masks, segments
     total: float  # arrival of the packet to the end of post-processing
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -22,7 +23,7 @@ from streamd.gpu import ops
 from streamd.gpu.graph import Graph
 from streamd.gpu.rle import EncodedMasks
 from streamd.infer import BATCH_LADDER, Model
-from streamd.messages import Batch, Detections, Frame, Picture, RawOutput
+from streamd.messages import Batch, Detections, Frame, RawOutput
 from streamd.models.spec import ModelSpec, NmsRule
 from streamd.postprocess import NUM_PLACEMENT_COLUMNS, Found, Postprocessor, has_room, place, wanted_labels
 
@@ -72,6 +73,7 @@ class _Slot:
 class Running:
     """A batch that was begun. `finish` takes it once."""
 
+    begun_ns: int  # monotonic clock, ns
     batch: Batch
     slot: _Slot
     raw: RawOutput
@@ -115,17 +117,18 @@ class Runner:
 
     def begin(self, frames: Sequence[Frame]) -> Running:
         """Queue a batch; waits for a free slot. Raises ModelError."""
+        begun_ns = time.monotonic_ns()
         slot = self._free.get()
         try:
-            return self._begin(frames, slot)
+            return self._begin(frames, slot, begun_ns)
         except BaseException:
             self._free.put(slot)
             raise
 
-    def _begin(self, frames: Sequence[Frame], slot: _Slot) -> Running:
+    def _begin(self, frames: Sequence[Frame], slot: _Slot, begun_ns: int) -> Running:
         device = slot.images.device
         with self._letterbox.after(*(frame.picture.ready for frame in frames)):
-            frames = [replace(frame, picture=_on_device(frame.picture, device)) for frame in frames]
+            frames = [_on_device(frame, device) for frame in frames]
             batch = assemble(frames, self._model.spec, slot.images)
             slot.placements.copy_(_uploadable(_placements(batch, len(slot.placements)), device), non_blocking=True)
             self._letterbox.mark(slot.filled)
@@ -138,7 +141,7 @@ class Runner:
             with self._copy.after(slot.computed):
                 found = slot.host.copy(computed, len(frames))
                 self._copy.mark(slot.copied)
-        return Running(batch, slot, raw, computed, found)
+        return Running(begun_ns, batch, slot, raw, computed, found)
 
     def wait(self, running: Running) -> None:
         """Wait until the device has done its part of the batch."""
@@ -205,12 +208,13 @@ def assemble(frames: Sequence[Frame], spec: ModelSpec, images: torch.Tensor) -> 
     return Batch(tuple(frames), images, letterboxes)
 
 
-def _on_device(picture: Picture, device: torch.device) -> Picture:
-    """Bring a picture to the device where it is needed; one that is there stays as it is."""
+def _on_device(frame: Frame, device: torch.device) -> Frame:
+    """Bring a frame's picture to the device where it is needed; a frame that is there stays as it is."""
+    picture = frame.picture
     if picture.planes[0].device == device:
-        return picture
+        return frame
     planes = tuple(_uploadable(plane, device).to(device, non_blocking=True) for plane in picture.planes)
-    return replace(picture, planes=planes)
+    return replace(frame, picture=replace(picture, planes=planes))
 
 
 def _uploadable(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

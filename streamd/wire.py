@@ -93,8 +93,8 @@ class Milliseconds(Struct, frozen=True, kw_only=True):
 
     decode: float
     wait: Annotated[float, Meta(description="until a batch took the frame")]
-    infer: Annotated[float, Meta(description="letterbox and model, of the whole batch")]
-    post: Annotated[float, Meta(description="suppression, masks, copy to the host")]
+    infer: Annotated[float, Meta(description="letterbox, model and suppression, of the whole batch")]
+    post: Annotated[float, Meta(description="what is then left for the host: masks, segments")]
     total: Annotated[float, Meta(description="arrival of the packet to the end of post-processing")]
 
 

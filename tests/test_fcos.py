@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor
+from torchvision.models import detection
 from torchvision.ops import batched_nms
 
 from streamd.models.anchors import AnchorGrid
 from streamd.models.fcos import Fcos, FcosConfig, decode_distances, fcos_resnet50_fpn
 from streamd.models.fpn import ConvLevels, Fpn
 from streamd.models.resnet import Resnet, ResnetConfig, resnet50
-from tests.test_resnet import randomise_norms
-from tests.test_retinanet import spread, torchvision_names
+from tests.test_retinanet import spread, torchvision_detector, torchvision_names
 
 STRIDES = (8, 16, 32, 64, 128)
 CELLS = tuple((float(stride),) for stride in STRIDES)
@@ -38,21 +37,8 @@ def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def test_it_finds_what_torchvision_finds_with_the_same_weights() -> None:
-    torch.manual_seed(0)
     size, num_classes = (64, 96), 4
-    theirs = torchvision.models.detection.fcos_resnet50_fpn(
-        weights=None,
-        weights_backbone=None,
-        num_classes=num_classes,
-        min_size=size[0],
-        max_size=size[1],
-        image_mean=[0, 0, 0],
-        image_std=[1, 1, 1],
-    ).eval()
-    randomise_norms(theirs)
-    image, head = torch.rand(3, *size), theirs.head
-    features = list(theirs.backbone(image[None]).values())
-    spread(head, features, head.classification_head.cls_logits, head.regression_head.bbox_reg)
+    theirs, image = torchvision_detector(detection.fcos_resnet50_fpn, size, num_classes)
     backbone = Fpn(
         resnet50("BN", ("res3", "res4", "res5")), ("res3", "res4", "res5"), 256, top_block=ConvLevels(256, 256, "p5")
     )

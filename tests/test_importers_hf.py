@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 import torch
 
 from streamd.errors import ModelError
-from streamd.messages import Batch, Frame, Picture, Stamp
+from streamd.messages import Batch, Frame
 from streamd.models import artifact
 from streamd.models.importers import hf
 from streamd.postprocess import postprocess
+from tests.fakes import make_frame
 
 transformers: Any = pytest.importorskip("transformers", reason="needs transformers: pip install 'streamd[hf]'")
 
@@ -143,19 +145,7 @@ def test_the_artifact_finds_what_transformers_itself_finds(folder: Path, tmp_pat
 
 def frame_of(size: tuple[int, int]) -> Frame:
     """Make the frame of a picture of (height, width) pixels, which nobody looks at any more."""
-    nothing = Picture((torch.empty(0, 0, 3, dtype=torch.uint8),), "rgb", "bt709", full_range=True, rotation=0)
-    return Frame(
-        stream="",
-        seq=0,
-        pts_s=0.0,
-        stamp=Stamp(epoch=0, arrived_ns=0, captured_at=0.0, clock="arrival"),
-        decode_ms=0.0,
-        picture=nothing,
-        width=size[1],
-        height=size[0],
-        keyframe=True,
-        corrupt=False,
-    )
+    return replace(make_frame(), width=size[1], height=size[0])
 
 
 def test_an_artifact_in_half_precision_gives_what_the_network_gives_in_half_precision(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor, nn
+from torchvision.models import detection
 from torchvision.ops import batched_nms
 
 from streamd.messages import Detections
@@ -111,11 +113,10 @@ def torchvision_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-@torch.inference_mode()
-def test_it_finds_what_torchvision_finds_with_the_same_weights() -> None:
+def torchvision_detector(build: Callable[..., Any], size: tuple[int, int], num_classes: int) -> tuple[Any, Tensor]:
+    """Build a dense detector of torchvision whose scores are spread out, and make a picture [3, H, W]."""
     torch.manual_seed(0)
-    size, num_classes = (64, 96), 4
-    theirs = torchvision.models.detection.retinanet_resnet50_fpn(
+    theirs = build(
         weights=None,
         weights_backbone=None,
         num_classes=num_classes,
@@ -125,14 +126,16 @@ def test_it_finds_what_torchvision_finds_with_the_same_weights() -> None:
         image_std=[1, 1, 1],
     ).eval()
     randomise_norms(theirs)
-    image = torch.rand(3, *size)
-    head = theirs.head
-    spread(
-        head,
-        list(theirs.backbone(image[None]).values()),
-        head.classification_head.cls_logits,
-        head.regression_head.bbox_reg,
-    )
+    image, head = torch.rand(3, *size), theirs.head
+    features = list(theirs.backbone(image[None]).values())
+    spread(head, features, head.classification_head.cls_logits, head.regression_head.bbox_reg)
+    return theirs, image
+
+
+@torch.inference_mode()
+def test_it_finds_what_torchvision_finds_with_the_same_weights() -> None:
+    size, num_classes = (64, 96), 4
+    theirs, image = torchvision_detector(detection.retinanet_resnet50_fpn, size, num_classes)
     bottom_up = resnet50("BN", ("res3", "res4", "res5"))
     backbone = Fpn(bottom_up, ("res3", "res4", "res5"), 256, top_block=ConvLevels(256, 256, "p5"))
     sizes = tuple((side, int(side * 2 ** (1 / 3)), int(side * 2 ** (2 / 3))) for side in (32, 64, 128, 256, 512))
