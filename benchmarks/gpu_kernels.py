@@ -126,13 +126,15 @@ def time_preprocess(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     spec = ModelSpec(name="m", task="detect", labels=("a",), input_size=(side, side), colour="rgb")
     letterboxes = [spec.letterbox(*sizes.frame)] * len(pictures)
 
-    def fill(preprocess: Callable[..., None]) -> Tensor:
+    def fill(preprocess: Callable[..., None], antialias: bool = False) -> Tensor:
         out = torch.empty(len(pictures), 3, side, side, dtype=torch.float16, device=device)
         rule = {"colour": "rgb", "mean": (124.0, 116.0, 104.0), "std": (58.0, 57.0, 57.0), "pad": spec.padding}
-        preprocess(pictures, letterboxes, out, **rule)
+        preprocess(pictures, letterboxes, out, antialias=antialias, **rule)
         return out
 
-    torch.testing.assert_close(fill(ops.preprocess), fill(reference.preprocess), rtol=2e-3, atol=2e-3)
+    for antialias in (False, True):
+        ours, theirs = (fill(preprocess, antialias) for preprocess in (ops.preprocess, reference.preprocess))
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
     ours_ms = median_ms(lambda: fill(ops.preprocess), device)
     theirs_ms = median_ms(lambda: fill(reference.preprocess), device)
     moved = bytes_to_move(sizes, letterboxes[0])
@@ -141,6 +143,7 @@ def time_preprocess(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     yield Row(case, ours_ms, "ms", note=f"{moved / 1e6:.0f} MB must move")
     yield Row("preprocess, of the limit by bandwidth", 100 * limit_ms / ours_ms, "%", 70)
     yield Row("preprocess against torch operators", theirs_ms / ours_ms, "x", 3)
+    yield Row(f"{case}, antialiased", median_ms(lambda: fill(ops.preprocess, True), device), "ms")
 
 
 def random_masks(sizes: Sizes, share: float, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -84,8 +84,10 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, -int(-len(values) * share // 1) - 1)]
 
 
-def describe_machine(arguments: Sequence[str]) -> Machine:
-    """Say on what a result was measured; names no path of the machine."""
+def describe_machine(
+    arguments: Sequence[str], module: str = "benchmarks.streams", packages: Sequence[str] = _PACKAGES
+) -> Machine:
+    """Say on what the `module` measured with these arguments; names no path of the machine."""
     cpu_info = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in cpu_info if line.startswith("model name")]
     return Machine(
@@ -93,10 +95,10 @@ def describe_machine(arguments: Sequence[str]) -> Machine:
         cores=len(os.sched_getaffinity(0)),
         kernel=platform.release(),
         python=platform.python_version(),
-        packages={name: version(name) for name in _PACKAGES},
+        packages={name: version(name) for name in packages},
         revision=_revision(),
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        command=" ".join(["python -m benchmarks.streams", *map(_without_folders, arguments)]),
+        command=" ".join([f"python -m {module}", *map(_without_folders, arguments)]),
     )
 
 

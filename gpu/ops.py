@@ -1,7 +1,8 @@
-"""The operators that the stages call; each runs where its tensors are. Importing this registers `streamd::nms`.
+"""The operators that the stages call; each runs where its tensors are. Importing this registers `streamd::nms`
+and `streamd::pool_levels`.
 
-`torch.ops.streamd.nms` is a dispatcher operator, so that a TorchScript model can call it: import this module before
-such a model is loaded.
+They are dispatcher operators, so that a TorchScript model can call them: import this module before such a model is
+loaded.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from streamd.gpu import reference
-from streamd.gpu.reference import paste_boxes
+from streamd.gpu import mask_reference, pooling, reference
+from streamd.gpu.mask_reference import paste_boxes
 from streamd.gpu.rle import Bits, EncodedMasks
 from streamd.messages import Letterbox, Picture
 
@@ -38,9 +39,10 @@ def preprocess(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     pad: tuple[float, float, float],
+    antialias: bool = False,
 ) -> None:
     """Letterbox and normalise pictures, which lie where `out` does; see `reference.preprocess`."""
-    options: dict[str, Any] = {"colour": colour, "mean": mean, "std": std, "pad": pad}
+    options: dict[str, Any] = {"colour": colour, "mean": mean, "std": std, "pad": pad, "antialias": antialias}
     if out.is_cuda:
         from streamd.gpu import preprocess as kernels
 
@@ -72,25 +74,25 @@ def encode_prototype_masks(
     threshold: float,
     capacity: int,
 ) -> EncodedMasks:
-    """Encode masks that are mixtures of prototypes; see `reference.encode_prototype_masks`."""
+    """Encode masks that are mixtures of prototypes; see `mask_reference.encode_prototype_masks`."""
     objects = (boxes, valid, placements)
     options: dict[str, Any] = {"input_size": input_size, "threshold": threshold, "capacity": capacity}
     if boxes.is_cuda:
         from streamd.gpu import paste
 
         return paste.encode_prototype_masks(prototypes, coefficients, *objects, **options)
-    return reference.encode_prototype_masks(prototypes, coefficients, *objects, **options)
+    return mask_reference.encode_prototype_masks(prototypes, coefficients, *objects, **options)
 
 
 def encode_box_masks(
     masks: Tensor, boxes: Tensor, valid: Tensor, placements: Tensor, *, threshold: float, capacity: int
 ) -> EncodedMasks:
-    """Encode mask probabilities over their boxes; see `reference.encode_box_masks`."""
+    """Encode mask probabilities over their boxes; see `mask_reference.encode_box_masks`."""
     if boxes.is_cuda:
         from streamd.gpu import paste
 
         return paste.encode_box_masks(masks, boxes, valid, placements, threshold=threshold, capacity=capacity)
-    return reference.encode_box_masks(masks, boxes, valid, placements, threshold=threshold, capacity=capacity)
+    return mask_reference.encode_box_masks(masks, boxes, valid, placements, threshold=threshold, capacity=capacity)
 
 
 def locate_keypoints(heatmaps: Tensor, boxes: Tensor) -> Tensor:
@@ -131,7 +133,7 @@ def _nms_shapes(
 
 
 def _register() -> None:
-    """Declare the operator to torch once a process; a reload of this module finds it there."""
+    """Declare the operators to torch once a process; a reload of this module finds them there."""
     if hasattr(torch.ops.streamd, "nms"):
         return
     torch.library.define(
@@ -142,6 +144,13 @@ def _register() -> None:
     torch.library.impl("streamd::nms", "CPU", reference.nms)
     torch.library.impl("streamd::nms", "CUDA", _nms_on_gpu)
     torch.library.register_fake("streamd::nms", _nms_shapes)
+    torch.library.define(
+        "streamd::pool_levels",
+        "(Tensor[] features, Tensor boxes, Tensor levels, float[] scales, int side, int sampling_ratio, str kind)"
+        " -> Tensor",
+    )
+    torch.library.impl("streamd::pool_levels", ("CPU", "CUDA"), pooling.pool_levels)
+    torch.library.register_fake("streamd::pool_levels", pooling.pooled_shapes)
 
 
 _register()

@@ -1,6 +1,6 @@
 """Launch paste.cu: masks are stretched to source size and encoded on the device; their pixels are never stored.
 
-Nothing here waits for the device, so that it can be captured in a CUDA graph. The twins are in reference.py.
+Nothing here waits for the device, so that it can be captured in a CUDA graph. The twins are in mask_reference.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from streamd.gpu import cuda
-from streamd.gpu.reference import logit
+from streamd.gpu.mask_reference import logit
 from streamd.gpu.rle import EncodedMasks
 from streamd.gpu.runs import pack_runs
 
@@ -35,7 +35,7 @@ def encode_prototype_masks(
     threshold: float,
     capacity: int,
 ) -> EncodedMasks:
-    """Encode masks that are mixtures of prototypes; see `reference.encode_prototype_masks`."""
+    """Encode masks that are mixtures of prototypes; see `mask_reference.encode_prototype_masks`."""
     num_images, num_prototypes, height, width = prototypes.shape
     _check("coefficients", coefficients, (num_images, valid.shape[1], num_prototypes), prototypes.dtype)
     logits = torch.bmm(coefficients, prototypes.flatten(2))
@@ -54,7 +54,7 @@ def encode_prototype_masks(
 def encode_box_masks(
     masks: Tensor, boxes: Tensor, valid: Tensor, placements: Tensor, *, threshold: float, capacity: int
 ) -> EncodedMasks:
-    """Encode masks that are squares of probabilities over their boxes; see `reference.encode_box_masks`."""
+    """Encode masks that are squares of probabilities over their boxes; see `mask_reference.encode_box_masks`."""
     size = masks.shape[-1]
     _check("masks", masks, (*valid.shape, size, size), masks.dtype)
     mask = (masks.contiguous(), _element_type(masks), np.int32(size), np.float32(threshold))

@@ -1,5 +1,6 @@
 // Letterbox and normalise a batch in one launch: a block fills a tile of a slot (blockIdx.z), its threads write four
-// neighbouring pixels of all three channels at a time.
+// neighbouring pixels of all three channels at a time. Each pixel reads four elements of a plane or, with antialiasing,
+// a window that grows with the reduction.
 //
 // Planes are read where they lie, through the data cache: at the usual reductions neighbouring threads share its lines,
 // so that each byte comes once from memory. What depends on a picture alone is worked out on the host
@@ -99,15 +100,107 @@ __device__ Chroma sample_pairs(const Lines& rows, Tap column) {
     return {blend(upper.cb, lower.cb, rows.fraction), blend(upper.cr, lower.cr, rows.fraction)};
 }
 
+// Which elements make a sample where they shrink, along one axis: the one at `first + i` weighs
+// peak - |i - centre| * slope. The weights of the `count` elements add up to 1.
+struct Window {
+    int first;
+    int count;
+    float centre;
+    float peak;
+    float slope;
+};
+
+__device__ float weight(const Window& window, int i) {
+    return fmaxf(fmaf(-fabsf(static_cast<float>(i) - window.centre), window.slope, window.peak), 0.0f);
+}
+
+// PIL's triangle: it reaches as far to either side as elements become one, but at least to the next one, which makes
+// it the bilinear filter. What lies beyond the border has no weight, and the others share it.
+__device__ Window window_at(int pixel, float step, int size) {
+    const float reach = fmaxf(step, 1.0f);
+    const float position = (static_cast<float>(pixel) + 0.5f) * step;
+    const int first = min(max(static_cast<int>(position - reach + 0.5f), 0), size - 1);
+    const int last = min(max(static_cast<int>(position + reach + 0.5f), first + 1), size);
+    Window window{first, last - first, position - 0.5f - static_cast<float>(first), 1.0f, 1.0f / reach};
+    float sum = 0.0f;
+    for (int i = 0; i < window.count; ++i) sum += weight(window, i);
+    // Outside of the letterbox there may be no weight at all; nothing is read for it.
+    window.peak = sum > 0.0f ? 1.0f / sum : 1.0f;
+    window.slope = sum > 0.0f ? window.slope / sum : 0.0f;
+    return window;
+}
+
+// The rows of a plane that a row of pixels reads.
+struct Band {
+    const Byte* first;
+    long long stride;
+    Window rows;
+};
+
+__device__ Band band(const Frame& frame, int channel, const Window& rows) {
+    const long long stride = frame.row_stride[channel];
+    return {frame.origin[channel] + rows.first * stride, stride, rows};
+}
+
+__device__ float sample(const Band& band, const Window& columns, int stride) {
+    const Byte* row = band.first + static_cast<long long>(columns.first) * stride;
+    float sum = 0.0f;
+    for (int y = 0; y < band.rows.count; ++y, row += band.stride) {
+        float line = 0.0f;
+        for (int x = 0; x < columns.count; ++x) line = fmaf(weight(columns, x), __ldg(row + x * stride), line);
+        sum = fmaf(weight(band.rows, y), line, sum);
+    }
+    return sum;
+}
+
+__device__ Chroma sample_pairs(const Band& band, const Window& columns) {
+    const Byte* row = band.first + 2 * columns.first;
+    Chroma sum{0.0f, 0.0f};
+    for (int y = 0; y < band.rows.count; ++y, row += band.stride) {
+        const unsigned short* pairs = reinterpret_cast<const unsigned short*>(row);
+        Chroma line{0.0f, 0.0f};
+        for (int x = 0; x < columns.count; ++x) {
+            const unsigned pair = __ldg(pairs + x);
+            const float share = weight(columns, x);
+            line = {fmaf(share, pair & 0xff, line.cb), fmaf(share, pair >> 8, line.cr)};
+        }
+        const float share = weight(band.rows, y);
+        sum = {fmaf(share, line.cb, sum.cb), fmaf(share, line.cr, sum.cr)};
+    }
+    return sum;
+}
+
+// The two ways to sample: where to read in a row, and which rows to read.
+struct Bilinear {
+    using Column = Tap;
+    using Row = Lines;
+    static __device__ Column column(int pixel, float step, int size) { return tap(pixel, step, size); }
+    static __device__ Row row(const Frame& frame, int channel, int pixel, float step, int size) {
+        return lines(frame, channel, tap(pixel, step, size));
+    }
+};
+
+struct Antialiased {
+    using Column = Window;
+    using Row = Band;
+    static __device__ Column column(int pixel, float step, int size) { return window_at(pixel, step, size); }
+    static __device__ Row row(const Frame& frame, int channel, int pixel, float step, int size) {
+        return band(frame, channel, window_at(pixel, step, size));
+    }
+};
+
 // What the threads of a block share.
+template <typename Filter>
 struct Tile {
     Frame frame;
-    Tap columns[2][kColumns][kThreadsX];  // of luma, and of both chroma planes; neighbours lie apart, and threads close
-    Lines rows[kChannels][kTileHeight];
+    // Of luma, and of both chroma planes; neighbours lie apart, and threads close.
+    typename Filter::Column columns[2][kColumns][kThreadsX];
+    typename Filter::Row rows[kChannels][kTileHeight];
 };
 
 // Work out where the pixels of a tile are read; its first one is (x, y) of the slot. Ends with a barrier.
-__device__ void prepare(Tile& tile, const Frame& source, int x, int y) {
+template <typename Filter>
+__device__ void prepare(Tile<Filter>& tile, const Frame& source, int x, int y) {
     const int thread = static_cast<int>(threadIdx.y * kThreadsX + threadIdx.x);
     constexpr int kVectors = sizeof(Frame) / sizeof(uint4);
     if (thread < kVectors)
@@ -117,26 +210,26 @@ __device__ void prepare(Tile& tile, const Frame& source, int x, int y) {
     static_assert(kThreads == 2 * kTileWidth && kThreads >= kChannels * kTileHeight, "one round fills the tile");
     const int grid = thread / kTileWidth, column = thread % kTileWidth;
     tile.columns[grid][column % kColumns][column / kColumns] =
-        tap(x + column - frame.left, frame.step_x[grid], frame.width[grid]);
+        Filter::column(x + column - frame.left, frame.step_x[grid], frame.width[grid]);
     if (thread < kChannels * kTileHeight) {
         const int channel = thread / kTileHeight, row = thread % kTileHeight, size = channel > 0;
         tile.rows[channel][row] =
-            lines(frame, channel, tap(y + row - frame.top, frame.step_y[size], frame.height[size]));
+            Filter::row(frame, channel, y + row - frame.top, frame.step_y[size], frame.height[size]);
     }
     __syncthreads();
 }
 
 // Sample and mix the pixels of thread `lane` in a row of the tile.
-template <bool kNv12>
-__device__ void mix(const Tile& tile, int lane, int row, float (&pixels)[kColumns][kChannels]) {
+template <bool kNv12, typename Filter>
+__device__ void mix(const Tile<Filter>& tile, int lane, int row, float (&pixels)[kColumns][kChannels]) {
     const Frame& frame = tile.frame;
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
-        const Tap luma_tap = tile.columns[0][i][lane], chroma_tap = tile.columns[1][i][lane];
-        const float luma = sample(tile.rows[0][row], luma_tap, kNv12 ? 1 : frame.column_stride[0]);
-        const Chroma chroma = kNv12 ? sample_pairs(tile.rows[1][row], chroma_tap)
-                                    : Chroma{sample(tile.rows[1][row], chroma_tap, frame.column_stride[1]),
-                                             sample(tile.rows[2][row], chroma_tap, frame.column_stride[2])};
+        const auto luma_at = tile.columns[0][i][lane], chroma_at = tile.columns[1][i][lane];
+        const float luma = sample(tile.rows[0][row], luma_at, kNv12 ? 1 : frame.column_stride[0]);
+        const Chroma chroma = kNv12 ? sample_pairs(tile.rows[1][row], chroma_at)
+                                    : Chroma{sample(tile.rows[1][row], chroma_at, frame.column_stride[1]),
+                                             sample(tile.rows[2][row], chroma_at, frame.column_stride[2])};
 #pragma unroll
         for (int channel = 0; channel < kChannels; ++channel) {
             const float4 weights = frame.weights[channel];
@@ -193,8 +286,8 @@ __device__ void store_elements(
     }
 }
 
-template <typename Element, bool kChannelsLast>
-__device__ void fill(Tile& tile, const Frame* frames, Element* out, int height, int width) {
+template <typename Element, bool kChannelsLast, typename Filter>
+__device__ void fill(Tile<Filter>& tile, const Frame* frames, Element* out, int height, int width) {
     const int tile_x = static_cast<int>(blockIdx.x) * kTileWidth, tile_y = static_cast<int>(blockIdx.y) * kTileHeight;
     prepare(tile, frames[blockIdx.z], tile_x, tile_y);
     const Frame& frame = tile.frame;
@@ -228,24 +321,48 @@ __device__ void fill(Tile& tile, const Frame* frames, Element* out, int height, 
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     preprocess_float32(const Frame* __restrict__ frames, float* __restrict__ out, int height, int width) {
-    __shared__ Tile tile;
+    __shared__ Tile<Bilinear> tile;
     fill<float, false>(tile, frames, out, height, width);
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) preprocess_float32_channels_last(
-    const Frame* __restrict__ frames, float* __restrict__ out, int height, int width) {
-    __shared__ Tile tile;
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+    preprocess_float32_channels_last(const Frame* __restrict__ frames, float* __restrict__ out, int height, int width) {
+    __shared__ Tile<Bilinear> tile;
     fill<float, true>(tile, frames, out, height, width);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
     preprocess_float16(const Frame* __restrict__ frames, __half* __restrict__ out, int height, int width) {
-    __shared__ Tile tile;
+    __shared__ Tile<Bilinear> tile;
     fill<__half, false>(tile, frames, out, height, width);
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, kBlocks) preprocess_float16_channels_last(
-    const Frame* __restrict__ frames, __half* __restrict__ out, int height, int width) {
-    __shared__ Tile tile;
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+    preprocess_float16_channels_last(const Frame* __restrict__ frames, __half* __restrict__ out, int height, int width) {
+    __shared__ Tile<Bilinear> tile;
+    fill<__half, true>(tile, frames, out, height, width);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+    preprocess_float32_antialias(const Frame* __restrict__ frames, float* __restrict__ out, int height, int width) {
+    __shared__ Tile<Antialiased> tile;
+    fill<float, false>(tile, frames, out, height, width);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+    preprocess_float32_channels_last_antialias(const Frame* __restrict__ frames, float* __restrict__ out, int height, int width) {
+    __shared__ Tile<Antialiased> tile;
+    fill<float, true>(tile, frames, out, height, width);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+    preprocess_float16_antialias(const Frame* __restrict__ frames, __half* __restrict__ out, int height, int width) {
+    __shared__ Tile<Antialiased> tile;
+    fill<__half, false>(tile, frames, out, height, width);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)
+    preprocess_float16_channels_last_antialias(const Frame* __restrict__ frames, __half* __restrict__ out, int height, int width) {
+    __shared__ Tile<Antialiased> tile;
     fill<__half, true>(tile, frames, out, height, width);
 }

@@ -52,6 +52,7 @@ def preprocess(
     mean: tuple[float, float, float],
     std: tuple[float, float, float],
     pad: tuple[float, float, float],
+    antialias: bool = False,
 ) -> None:
     """Fill each slot of `out` with one picture, as `reference.preprocess` does, on torch's current stream.
 
@@ -73,6 +74,8 @@ def preprocess(
         _check_letterbox(letterbox, slot, height, width)
         mixing = _mixing(picture.layout, picture.matrix, picture.full_range, colour, mean, std, pad)
         frames[slot] = _frame(picture, letterbox, mixing)
+    if antialias and _any_shrinks(frames):  # else it changes nothing, and four elements are read quicker than a window
+        function += "_antialias"
     grid = (-(-width // _TILE[0]), -(-height // _TILE[1]), num_slots)
     cuda.load("preprocess", out.device).launch(
         function, grid, _BLOCK, _on_device(frames, out.device), out, np.int32(height), np.int32(width)
@@ -212,6 +215,10 @@ def _frame(picture: Picture, letterbox: Letterbox, mixing: _Mixing) -> tuple[obj
         is_paired and column_strides == [1, 2, 2],
         0,
     )
+
+
+def _any_shrinks(frames: np.ndarray) -> bool:
+    return bool((frames["step_x"] > 1).any() or (frames["step_y"] > 1).any())
 
 
 def _on_device(frames: np.ndarray, device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-import streamd.gpu.ops  # noqa: F401  registers streamd::nms, which some models call
+import streamd.gpu.ops  # noqa: F401  registers the operators that some models call
 from streamd.errors import ModelError
 from streamd.messages import RawOutput
 from streamd.models import BUILDERS, trial
@@ -30,9 +30,9 @@ from streamd.models.contract import describe_wrong_spec, pack
 from streamd.models.spec import ModelSpec
 from streamd.models.tracing import FreshCasts, follow_device
 
-FORMAT = 1  # of what `export` writes; counted up when artifacts made before must be made again
+FORMAT = 2  # of what `export` writes; counted up when artifacts made before must be made again
 SPEC_FILE = "streamd.json"
-_METHODS = ("masks", "keypoints")  # beside `forward`; a model has those that its spec says
+_METHODS = ("masks", "keypoints", "densepose")  # beside `forward`; a model has those that its spec says
 TOLERANCE = 5e-4  # between a network and its artifact; float32 rounding alone gives up to 4.3e-4
 
 _LOCK = threading.Lock()
@@ -115,6 +115,12 @@ def load(
             f"{SPEC_FILE}: {_last_line(err)}. Export the model again"
         ) from err
     return module, spec
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Read a model file's parameters and buffers, by the names that its network has. Raises ModelError."""
+    read_spec(path)
+    return dict(_load_module(path, "cpu").state_dict())
 
 
 def forward(module: torch.jit.ScriptModule, spec: ModelSpec, images: Tensor, sizes: Tensor) -> RawOutput:
@@ -208,7 +214,7 @@ def _load_operators(path: Path) -> None:
     """
     with zipfile.ZipFile(path) as archive:
         code = (archive.read(name) for name in archive.namelist() if "/code/" in name and name.endswith(".py"))
-        if not any(b"ops.torchvision." in text for text in code):
+        if not any(name in text for text in code for name in (b"ops.torchvision.", b"ops.streamd.pool_levels")):
             return
     found = importlib.util.find_spec("torchvision")
     libraries = sorted(Path(found.origin).parent.glob("_C*.so")) if found and found.origin else []

@@ -19,6 +19,7 @@ _RULES: Mapping[str, tuple[set[str], set[str]]] = {
     "detect": (set(), set()),
     "segment": ({"masks"}, set()),
     "keypoints": ({"keypoints"}, {"masks"}),
+    "densepose": ({"densepose"}, {"masks", "keypoints"}),
     "panoptic": ({"masks", "panoptic"}, {"keypoints"}),
     "semantic": (set(), set()),
 }
@@ -29,7 +30,7 @@ Shape = list[int | str]  # a name stands for a number that must be the same wher
 def describe_wrong_spec(spec: ModelSpec) -> str | None:
     """Say what in a spec contradicts the rest of it; None where all is well."""
     needed, allowed = _RULES[spec.task]
-    present = {name for name in ("masks", "keypoints", "panoptic") if getattr(spec, name) is not None}
+    present = {name for name in ("masks", "keypoints", "densepose", "panoptic") if getattr(spec, name) is not None}
     if spec.schema != SCHEMA:
         return f"schema is {spec.schema}, this streamd reads {SCHEMA}"
     if not spec.labels:
@@ -44,6 +45,11 @@ def describe_wrong_spec(spec: ModelSpec) -> str | None:
         return f"task is {spec.task!r} without a rule for {', '.join(sorted(missing))}"
     if unused := present - needed - allowed:
         return f"task is {spec.task!r} with a rule for {', '.join(sorted(unused))}"
+    if (rule := spec.densepose) and not (1 <= rule.num_parts <= 255 and rule.num_coarse >= 2 and rule.up_scale >= 1):
+        return (
+            f"densepose has num_parts {rule.num_parts}, num_coarse {rule.num_coarse} and up_scale {rule.up_scale}; "
+            "want 1 to 255, at least 2, at least 1"
+        )
     if spec.resize.kind == "shortest_edge" and not 1 <= spec.resize.min_size <= spec.resize.max_size:
         return f"resize has min_size {spec.resize.min_size} and max_size {spec.resize.max_size}"
     if spec.sized and spec.resize.anchor != "top_left":
@@ -68,9 +74,13 @@ def check_output(output: object, spec: ModelSpec, num_images: int, path: Path) -
 
 
 def check_method(name: str, output: object, boxes: Tensor, spec: ModelSpec, path: Path) -> None:
-    """Raise ModelError unless the output of the method `masks` or `keypoints` for `boxes` [B,N,4] fits `spec`."""
+    """Raise ModelError unless the output of a method beside `forward` for `boxes` [B,N,4] fits `spec`."""
     num_images, num_boxes = boxes.shape[:2]
-    channels: Shape = [len(spec.keypoints.names)] if spec.keypoints and name == "keypoints" else []
+    channels: Shape = []
+    if spec.keypoints and name == "keypoints":
+        channels = [len(spec.keypoints.names)]
+    if spec.densepose and name == "densepose":
+        channels = [spec.densepose.num_channels]
     expected: Shape = [num_images, num_boxes, *channels, "S", "S"]
     if not isinstance(output, Tensor) or _mismatches({name: output}, {name: expected}):
         got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__

@@ -20,7 +20,7 @@ from streamd.errors import ModelError
 from streamd.models.importers import checkpoint
 from streamd.models.importers.checkpoint import Checkpoint
 from streamd.models.layers import static_size
-from streamd.models.spec import ModelSpec, ResizeRule
+from streamd.models.spec import Blueprint, ModelSpec, ResizeRule
 
 VARIANTS = {
     "deeplabv3_mobilenet_v3_large": segmentation.deeplabv3_mobilenet_v3_large,
@@ -122,6 +122,7 @@ def build(
     network = VARIANTS[variant](weights=None, weights_backbone=None, num_classes=len(labels), aux_loss=False)
     spec = ModelSpec(
         name=variant,
+        blueprint=Blueprint(kind="torchvision", variant=variant, numbers={"num_classes": len(labels)}),
         task="semantic",
         labels=tuple(labels),
         input_size=input_size,
@@ -130,7 +131,11 @@ def build(
         mean=MEAN,
         std=STD,
         resize=ResizeRule(
-            kind="shortest_edge", min_size=SHORTEST_EDGE_PX, max_size=max(SHORTEST_EDGE_PX, *input_size), pad=None
+            kind="shortest_edge",
+            min_size=SHORTEST_EDGE_PX,
+            max_size=max(SHORTEST_EDGE_PX, *input_size),
+            pad=None,
+            antialias=True,
         ),
     )
     return DeepLab(network), spec

@@ -78,8 +78,7 @@ class Fcos(nn.Module):
 
         `images` is [B,3,H,W]; `sizes` [B,2] is needed where boxes are clipped.
         """
-        maps = self.backbone(images)
-        features = [maps[name] for name in self.config.in_features]
+        features = self.features(images)
         anchors = self.config.anchors(features, images)
         levels = []
         for logits, distances, centreness, cells in zip(*self.head(features), anchors, strict=True):
@@ -92,6 +91,11 @@ class Fcos(nn.Module):
                 boxes = clip_boxes(boxes, sizes)
             levels.append((boxes, best, labels))
         return join_levels(levels)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Return the pyramid that the head sees, fine to coarse."""
+        maps = self.backbone(images)
+        return [maps[name] for name in self.config.in_features]
 
 
 def decode_distances(distances: Tensor, anchors: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class Fpn(Backbone):
         for level, name in zip(reversed(self.levels), reversed(self.in_features), strict=True):
             x = self.get_submodule(f"fpn_lateral{level}")(features[name])
             if coarser is not None:
-                x = x + F.interpolate(coarser, scale_factor=2.0, mode="nearest")
+                x = x.add_(F.interpolate(coarser, scale_factor=2.0, mode="nearest"))
                 x = x / 2 if self.fuse == "avg" else x
             pyramid[f"p{level}"] = self.get_submodule(f"fpn_output{level}")(x)
             coarser = x

@@ -66,6 +66,9 @@ class _Methods:
     def keypoints(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
         return self.module.keypoints(list(features), boxes)
 
+    def densepose(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
+        return self.module.densepose(list(features), boxes)
+
 
 def _placed(picture: np.ndarray, size: tuple[int, int], spec: ModelSpec, path: Path) -> Letterbox:
     """Say where a resized picture lies in the input, by the rule's anchor."""

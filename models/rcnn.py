@@ -1,7 +1,8 @@
-"""Networks of two stages: Faster, Mask, Keypoint and Cascade R-CNN (arXiv:1506.01497, 1703.06870, 1712.00726).
+"""Networks of two stages: Faster, Mask, Keypoint, Cascade and DensePose R-CNN
+(arXiv:1506.01497, 1703.06870, 1712.00726, 1802.00434).
 
     images -> backbone -> proposal generator -> ROI heads -> pairs of a box and a class
-                  `------------- feature maps --> masks, keypoints of the boxes that are kept
+                  `------------- feature maps --> masks, keypoints, charts of the boxes that are kept
 
 Attribute names follow Detectron2's checkpoints, so that their state-dict keys load as they are.
 """
@@ -19,8 +20,9 @@ from streamd.errors import ModelError
 from streamd.models import backbones
 from streamd.models.anchors import AnchorGrid
 from streamd.models.box_head import BoxHeadConfig
+from streamd.models.densepose_head import DensePoseHeadConfig
 from streamd.models.fpn import Fpn, MaxPoolLevel
-from streamd.models.importers.config import Config, anchor_grid, base_spec
+from streamd.models.importers.config import Config, anchor_grid, base_spec, max_detections
 from streamd.models.keypoint_head import KeypointHeadConfig, keypoint_names
 from streamd.models.layers import Backbone
 from streamd.models.mask_head import MaskHeadConfig
@@ -28,7 +30,8 @@ from streamd.models.resnet import STAGES, BlockConfig, resnet50
 from streamd.models.roi_heads import Res5Config, RoiHeadsConfig, make_roi_heads
 from streamd.models.roi_pooler import PoolerConfig
 from streamd.models.rpn import ProposalGenerator, RpnConfig
-from streamd.models.spec import KeypointRule, MaskRule, ModelSpec, NmsRule, Task, just_above
+from streamd.models.semantic import SemanticHeadConfig
+from streamd.models.spec import DensePoseRule, KeypointRule, MaskRule, ModelSpec, NmsRule, Task, just_above
 
 CASCADE_WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))  # of the three stages
 
@@ -56,7 +59,7 @@ class Rcnn(nn.Module):
         self.roi_heads = make_roi_heads(backbone, config.roi_heads)
 
     def forward(self, images: Tensor, sizes: Tensor) -> dict[str, Tensor]:
-        """Return pairs of a box and a class in `images` [B,3,H,W], and what `masks` and `keypoints` pool from.
+        """Return pairs of a box and a class in `images` [B,3,H,W], and what the other methods pool from.
 
         `sizes` [B,2] are the height and width of each picture in its padding, input pixels; boxes are clipped to it.
         Boxes [B,K,4] are x1 y1 x2 y2 in input pixels, scores [B,K] in 0..1 or -inf, labels [B,K].
@@ -76,6 +79,10 @@ class Rcnn(nn.Module):
     def keypoints(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
         """Return the heat maps [B,N,J,S,S], logits, of boxes [B,N,4] (input pixels)."""
         return self.roi_heads.keypoints(features, boxes)
+
+    def densepose(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
+        """Return the maps [B,N,C,S,S] of a `DensePoseRule` of boxes [B,N,4] (input pixels)."""
+        return self.roi_heads.densepose(features, boxes)
 
 
 def faster_rcnn_resnet50_fpn(num_classes: int = 80) -> Rcnn:
@@ -123,8 +130,10 @@ def describe(config: Config, backbone: Backbone) -> ModelSpec:
     """Say what goes into the network of a configuration and what comes out of its second stage."""
     model = config["MODEL"]
     heads, masks, keypoints = model["ROI_HEADS"], model["MASK_ON"], model["KEYPOINT_ON"]
-    task: Task = "keypoints" if keypoints else "segment" if masks else "detect"
-    kind = {"keypoints": "keypoint_rcnn", "segment": "mask_rcnn"}.get(task, "faster_rcnn")
+    densepose = _densepose_rule(config) if _has_densepose(config) else None
+    task: Task = "densepose" if densepose else "keypoints" if keypoints else "segment" if masks else "detect"
+    kinds = {"densepose": "densepose_rcnn", "keypoints": "keypoint_rcnn", "segment": "mask_rcnn"}
+    kind = kinds.get(task, "faster_rcnn")
     spec = base_spec(
         config,
         name=f"cascade_{kind}" if heads["NAME"] == "CascadeROIHeads" else kind,
@@ -135,7 +144,7 @@ def describe(config: Config, backbone: Backbone) -> ModelSpec:
     nms = NmsRule(
         score_threshold=just_above(heads["SCORE_THRESH_TEST"]),
         iou_threshold=heads["NMS_THRESH_TEST"],
-        max_detections=config["TEST"]["DETECTIONS_PER_IMAGE"],
+        max_detections=max_detections(config),
     )
     num_keypoints = model["ROI_KEYPOINT_HEAD"]["NUM_KEYPOINTS"]
     return msgspec.structs.replace(
@@ -144,6 +153,7 @@ def describe(config: Config, backbone: Backbone) -> ModelSpec:
         nms=nms,
         masks=MaskRule(kind="box") if masks else None,
         keypoints=KeypointRule(names=keypoint_names(num_keypoints)) if keypoints else None,
+        densepose=densepose,
     )
 
 
@@ -170,7 +180,7 @@ def roi_heads_config(config: Config) -> RoiHeadsConfig:
     model = config["MODEL"]
     given, box = model["ROI_HEADS"], model["ROI_BOX_HEAD"]
     kind = given["NAME"]
-    _need("MODEL.ROI_HEADS.NAME", kind, "StandardROIHeads", "CascadeROIHeads", "Res5ROIHeads")
+    _need("MODEL.ROI_HEADS.NAME", kind, "StandardROIHeads", "CascadeROIHeads", "Res5ROIHeads", "DensePoseROIHeads")
     is_cascade, is_c4 = kind == "CascadeROIHeads", kind == "Res5ROIHeads"
     if not is_c4:
         _need("MODEL.ROI_BOX_HEAD.NAME", box["NAME"], "FastRCNNConvFCHead")
@@ -189,8 +199,10 @@ def roi_heads_config(config: Config) -> RoiHeadsConfig:
             pooler=_pooler(config, "ROI_BOX_HEAD"),
         ),
         box_weights=tuple(map(tuple, weights)),
+        cascade=is_cascade,
         mask=_mask_head(config) if model["MASK_ON"] else None,
         keypoints=_keypoint_head(config) if model["KEYPOINT_ON"] else None,
+        densepose=_densepose_head(config) if _has_densepose(config) else None,
         res5=_res5(config) if is_c4 else None,
     )
 
@@ -214,6 +226,62 @@ def _keypoint_head(config: Config) -> KeypointHeadConfig:
         num_keypoints=given["NUM_KEYPOINTS"],
         conv_dims=tuple(given["CONV_DIMS"]),
         pooler=_pooler(config, "ROI_KEYPOINT_HEAD"),
+    )
+
+
+def _has_densepose(config: Config) -> bool:
+    model = config["MODEL"]
+    return bool(model["DENSEPOSE_ON"]) and model["ROI_HEADS"]["NAME"] == "DensePoseROIHeads"
+
+
+def _densepose_rule(config: Config) -> DensePoseRule:
+    given = config["MODEL"]["ROI_DENSEPOSE_HEAD"]
+    return DensePoseRule(
+        num_parts=given["NUM_PATCHES"],
+        num_coarse=given["NUM_COARSE_SEGM_CHANNELS"],
+        up_scale=given["UP_SCALE"],
+    )
+
+
+def _densepose_head(config: Config) -> DensePoseHeadConfig:
+    place, given = "MODEL.ROI_DENSEPOSE_HEAD", config["MODEL"]["ROI_DENSEPOSE_HEAD"]
+    _need(f"{place}.NAME", given["NAME"], "DensePoseV1ConvXHead", "DensePoseDeepLabHead")
+    # The second is the first where no confidence is asked for.
+    _need(
+        f"{place}.PREDICTOR_NAME",
+        given["PREDICTOR_NAME"],
+        "DensePoseChartPredictor",
+        "DensePoseChartWithConfidencePredictor",
+    )
+    for kind in ("UV_CONFIDENCE", "SEGM_CONFIDENCE"):
+        if given[kind]["ENABLED"]:
+            raise ModelError(f"{place}.{kind}.ENABLED is true; streamd builds DensePose without confidences alone")
+    is_deeplab = given["NAME"] == "DensePoseDeepLabHead"
+    if is_deeplab and given["DEEPLAB"]["NONLOCAL_ON"]:
+        raise ModelError(f"{place}.DEEPLAB.NONLOCAL_ON is true; streamd builds DensePose's DeepLab head without it")
+    norm = given["DEEPLAB"]["NORM"] if is_deeplab else ""
+    _need(f"{place}.DEEPLAB.NORM", norm, "GN", "")
+    return DensePoseHeadConfig(
+        kind="deeplab" if is_deeplab else "convolutions",
+        num_convs=given["NUM_STACKED_CONVS"],
+        conv_dim=given["CONV_HEAD_DIM"],
+        conv_kernel=given["CONV_HEAD_KERNEL"],
+        deconv_kernel=given["DECONV_KERNEL"],
+        norm=norm,
+        rule=_densepose_rule(config),
+        decoder=_densepose_decoder(config) if given["DECODER_ON"] else None,
+        pooler=_pooler(config, "ROI_DENSEPOSE_HEAD"),
+    )
+
+
+def _densepose_decoder(config: Config) -> SemanticHeadConfig:
+    given = config["MODEL"]["ROI_DENSEPOSE_HEAD"]
+    return SemanticHeadConfig(
+        in_features=tuple(config["MODEL"]["ROI_HEADS"]["IN_FEATURES"]),
+        num_classes=given["DECODER_NUM_CLASSES"],
+        conv_dim=given["DECODER_CONV_DIMS"],
+        norm=given["DECODER_NORM"],
+        stride=given["DECODER_COMMON_STRIDE"],
     )
 
 

@@ -139,7 +139,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         residual = x if self.shortcut is None else self.shortcut(x)
-        return F.relu_(self.conv3(self._spatial(self.conv1(x))) + residual)
+        return F.relu_(self.conv3(self._spatial(self.conv1(x))).add_(residual))
 
     def _spatial(self, x: Tensor) -> Tensor:
         y: Tensor
@@ -166,7 +166,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         residual = x if self.shortcut is None else self.shortcut(x)
-        return F.relu_(self.conv2(self.conv1(x)) + residual)
+        return F.relu_(self.conv2(self.conv1(x)).add_(residual))
 
 
 def bottleneck_stage(

@@ -17,7 +17,7 @@ from streamd.models import backbones
 from streamd.models.anchors import AnchorGrid, clip_boxes, decode_deltas
 from streamd.models.dense import Subnet, best_pairs, join_levels, list_cells, predictor, take
 from streamd.models.fpn import ConvLevels, Fpn
-from streamd.models.importers.config import Config, anchor_grid, base_spec
+from streamd.models.importers.config import Config, anchor_grid, base_spec, max_detections
 from streamd.models.layers import Backbone
 from streamd.models.resnet import resnet50
 from streamd.models.spec import ModelSpec, NmsRule, just_above
@@ -150,6 +150,6 @@ def build(config: Config) -> tuple[Retinanet, ModelSpec]:
     nms = NmsRule(
         score_threshold=just_above(given["SCORE_THRESH_TEST"]),
         iou_threshold=given["NMS_THRESH_TEST"],
-        max_detections=config["TEST"]["DETECTIONS_PER_IMAGE"],
+        max_detections=max_detections(config),
     )
     return network, msgspec.structs.replace(spec, nms=nms)

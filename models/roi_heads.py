@@ -2,7 +2,7 @@
 
     feature maps, proposals -> pool -> box head -> predictor -> pairs of a box and a class
                                `-- again from the boxes found, in a cascade (Cascade R-CNN, arXiv:1712.00726)
-    feature maps, boxes     -> pool -> mask head or keypoint head
+    feature maps, boxes     -> pool -> mask head, keypoint head or DensePose head
 
 Attribute names follow Detectron2's checkpoints.
 """
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from streamd.models.anchors import clip_boxes
 from streamd.models.box_head import BoxHeadConfig, BoxPredictor, make_box_head
+from streamd.models.densepose_head import ChartPredictor, DensePoseHeadConfig, make_densepose_head
 from streamd.models.keypoint_head import KeypointHead, KeypointHeadConfig
 from streamd.models.layers import Backbone
 from streamd.models.mask_head import MaskHead, MaskHeadConfig
 from streamd.models.resnet import BlockConfig, bottleneck_stage
 from streamd.models.roi_pooler import RoiPooler
 from streamd.models.rpn import Proposals
+from streamd.models.semantic import SemanticHead
 
 Stage = tuple[Callable[[Tensor], Tensor], BoxPredictor]  # a box head and what reads it
 
@@ -45,16 +47,22 @@ class RoiHeadsConfig:
     in_features: tuple[str, ...] = ("p2", "p3", "p4", "p5")
     box: BoxHeadConfig = field(default_factory=BoxHeadConfig)
     box_weights: tuple[tuple[float, ...], ...] = ((10.0, 10.0, 5.0, 5.0),)  # of each stage; a cascade has several
+    cascade: bool = False  # a cascade of a single stage, whose head has the names of a cascade's; implied by several
     mask: MaskHeadConfig | None = None
     keypoints: KeypointHeadConfig | None = None
+    densepose: DensePoseHeadConfig | None = None
     min_size: float = 0.0  # input pixels; a pair with a narrower or lower box takes no part, as in torchvision
     res5: Res5Config | None = None  # C4: a box head without layers of its own
 
     def __post_init__(self) -> None:
-        if len(self.box_weights) > 1 and not self.box.class_agnostic:
+        if self.is_cascade and not self.box.class_agnostic:
             raise ValueError("a cascade needs class-agnostic boxes: each stage hands one box to the next")
-        if self.res5 and (len(self.box_weights) > 1 or self.keypoints or len(self.in_features) > 1):
+        if self.res5 and (self.is_cascade or self.keypoints or self.densepose or len(self.in_features) > 1):
             raise ValueError("res5 serves as the head of one stage, one level, boxes and masks alone")
+
+    @property
+    def is_cascade(self) -> bool:
+        return self.cascade or len(self.box_weights) > 1
 
 
 class RoiHeads(nn.Module):
@@ -89,9 +97,10 @@ class RoiHeads(nn.Module):
         """Return `boxes` [B,K,4], `scores` [B,K] and `labels` [B,K], where K = proposals x classes.
 
         Boxes are in input pixels, clipped to pictures of `sizes` [B,2]. A pair has the score -inf where its proposal is
-        not valid or its box too small. With masks or keypoints also what their methods read: `features.0`, ...
+        not valid or its box too small. Where there are other methods also what they read: `features.0`, ...
         """
-        levels = [features[name] for name in self.config.in_features]
+        # Pooling wants planes; what it would copy for each head is copied once.
+        levels = [features[name].contiguous() for name in self.config.in_features]
         boxes, found, probabilities = proposals.boxes, [], []
         for head, predictor in self.stages():
             logits, deltas = predictor(head(self.box_pooler(levels, boxes)))
@@ -108,7 +117,7 @@ class RoiHeads(nn.Module):
             "scores": scores.flatten(1),
             "labels": self.classes.expand_as(scores).flatten(1),
         }
-        if self.mask_head is not None or self.keypoint_head is not None:
+        if self.config.mask or self.config.keypoints or self.config.densepose:
             output |= {f"features.{index}": level for index, level in enumerate(levels)}
         return output
 
@@ -122,16 +131,20 @@ class RoiHeads(nn.Module):
         """Return the heat maps [B,N,J,S,S], logits, of boxes [B,N,4] (input pixels)."""
         raise NotImplementedError
 
+    def densepose(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
+        """Return the maps [B,N,C,S,S] of a `DensePoseRule` of boxes [B,N,4] (input pixels)."""
+        raise NotImplementedError
+
 
 class StandardRoiHeads(RoiHeads):
-    """Heads of their own for boxes, masks and keypoints; several box heads one after the other make a cascade."""
+    """Heads of their own for all that is asked for; several box heads one after the other make a cascade."""
 
     def __init__(self, backbone: Backbone, config: RoiHeadsConfig) -> None:
         super().__init__(backbone, config)
         num_out = config.box.num_out(self.num_in)
         heads = [make_box_head(self.num_in, config.box) for _ in config.box_weights]
         predictors = [BoxPredictor(num_out, config.num_classes, weights, config.box) for weights in config.box_weights]
-        is_cascade = len(heads) > 1
+        is_cascade = config.is_cascade
         self.box_head = nn.ModuleList(heads) if is_cascade else heads[0]
         self.box_predictor = nn.ModuleList(predictors) if is_cascade else predictors[0]
         if config.mask:
@@ -140,9 +153,25 @@ class StandardRoiHeads(RoiHeads):
         if config.keypoints:
             self.keypoint_pooler = RoiPooler(config.keypoints.pooler, self.strides)
             self.keypoint_head = KeypointHead(self.num_in, config.keypoints)
+        if config.densepose:
+            self._add_densepose(backbone, config.densepose)
+
+    def _add_densepose(self, backbone: Backbone, config: DensePoseHeadConfig) -> None:
+        num_in, strides = self.num_in, self.strides
+        if config.decoder:
+            if config.decoder.stride != strides[0]:
+                raise ValueError(
+                    f"the decoder's map has stride {config.decoder.stride}, but boxes are pooled from it as from "
+                    f"{self.config.in_features[0]}, of stride {strides[0]}"
+                )
+            self.decoder = SemanticHead(backbone, config.decoder)
+            num_in, strides = config.decoder.num_classes, self.strides[:1]
+        self.densepose_pooler = RoiPooler(config.pooler, strides)
+        self.densepose_head = make_densepose_head(num_in, config)
+        self.densepose_predictor = ChartPredictor(self.densepose_head.num_out, config)
 
     def stages(self) -> list[Stage]:
-        if len(self.config.box_weights) == 1:
+        if not self.config.is_cascade:
             return [(self.box_head, cast("BoxPredictor", self.box_predictor))]
         heads, predictors = cast("nn.ModuleList", self.box_head), cast("Iterable[BoxPredictor]", self.box_predictor)
         return list(zip(heads, predictors, strict=True))
@@ -155,6 +184,13 @@ class StandardRoiHeads(RoiHeads):
         assert self.keypoint_head is not None
         heat = self.keypoint_head(self.keypoint_pooler(features, boxes))
         return heat.float().reshape(*boxes.shape[:2], *heat.shape[1:])
+
+    def densepose(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
+        assert self.config.densepose is not None
+        if self.config.densepose.decoder:
+            features = [self.decoder(dict(zip(self.config.in_features, features, strict=True)))]
+        maps: Tensor = self.densepose_predictor(self.densepose_head(self.densepose_pooler(features, boxes)))
+        return maps.reshape(*boxes.shape[:2], *maps.shape[1:])
 
 
 class Res5RoiHeads(RoiHeads):

@@ -11,9 +11,11 @@ import torch
 import torchvision  # noqa: F401  registers torch.ops.torchvision
 from torch import Tensor, nn
 
+from streamd.gpu import ops  # noqa: F401  registers torch.ops.streamd
+from streamd.gpu.pooling import pool_levels
+
 CANONICAL_SIZE = 224  # a box of this side in input pixels ...
 CANONICAL_LEVEL = 4  # ... is pooled from the map of stride 2^4 (FPN, arXiv:1612.03144, equation 1)
-OUTSIDE = -1e4  # input pixels: a box so far outside of the picture pools zeros, and touches no feature
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +47,13 @@ class RoiPooler(nn.Module):
 
         A box of zeros gives zeros, with the kind `align`, or something finite.
         """
+        config, scales = self.config, [1 / stride for stride in self.strides]
         boxes = boxes.float()
-        if len(self.strides) == 1:
-            return self._pool(features[0], boxes, self.strides[0])
-        levels = self.levels(boxes)[..., None]
-        # Every level pools all boxes, those of other levels from outside of the picture, which costs next to nothing:
-        # to pick them out would make shapes that depend on the data.
-        pooled: Tensor | None = None
-        for index, (feature, stride) in enumerate(zip(features, self.strides, strict=True)):
-            part = self._pool(feature, torch.where(levels == index, boxes, OUTSIDE), stride)
-            pooled = part if pooled is None else pooled.add_(part)  # so that no more than two are held at once
-        assert pooled is not None
+        # A trace holds the operator, which picks the boxes of each level where that does not cost a wait.
+        pool = torch.ops.streamd.pool_levels if torch.jit.is_tracing() else pool_levels  # type: ignore[attr-defined]
+        pooled: Tensor = pool(
+            list(features), boxes, self.levels(boxes), scales, config.resolution, config.sampling_ratio, config.kind
+        )
         return pooled
 
     def levels(self, boxes: Tensor) -> Tensor:
@@ -63,17 +61,3 @@ class RoiPooler(nn.Module):
         sizes = (boxes[..., 2:] - boxes[..., :2]).prod(-1).sqrt()
         levels = torch.floor(CANONICAL_LEVEL + torch.log2(sizes / CANONICAL_SIZE + 1e-8))
         return (levels - self.min_level).clamp(0, len(self.strides) - 1)
-
-    def _pool(self, feature: Tensor, boxes: Tensor, stride: int) -> Tensor:
-        # Not arange: a trace would keep the device where it was made.
-        image = torch.ones_like(boxes[..., :1]).cumsum(0) - 1
-        rois = torch.cat((image, boxes), dim=-1).flatten(0, 1)
-        side, scale = self.config.resolution, 1 / stride
-        x = feature.float()  # rois must be of the features' type, and float16 has steps of half a pixel beyond 512
-        if self.config.kind == "max":
-            pooled, _ = torch.ops.torchvision.roi_pool(x, rois, scale, side, side)
-        else:
-            aligned = self.config.kind == "align"
-            # torchvision.ops.roi_align would check shapes in a way that warns in a trace.
-            pooled = torch.ops.torchvision.roi_align(x, rois, scale, side, side, self.config.sampling_ratio, aligned)
-        return pooled.type_as(feature)  # not .to(dtype), which a trace would keep

@@ -81,34 +81,57 @@ class ProposalGenerator(nn.Module):
 
     def forward(self, features: Mapping[str, Tensor], images: Tensor, sizes: Tensor) -> Proposals:
         """Propose boxes within pictures of `sizes` [B,2] (height, width in input pixels) in `images` [B,3,H,W]."""
+        return self.propose(features, images, sizes)[0]
+
+    def propose(self, features: Mapping[str, Tensor], images: Tensor, sizes: Tensor) -> tuple[Proposals, Tensor]:
+        """Do what `forward` does, and return the logits [B,P] of the proposals too."""
         levels = [features[name] for name in self.config.in_features]
         logits, deltas = self.rpn_head(levels)
-        return self.select(*self.candidates(logits, deltas, self.config.anchors(levels, images)), sizes)
+        return self.rank(*self.candidates(logits, deltas, self.config.anchors(levels, images)), sizes)
 
     def candidates(
-        self, logits: Sequence[Tensor], deltas: Sequence[Tensor], anchors: Sequence[Tensor]
+        self,
+        logits: Sequence[Tensor],
+        deltas: Sequence[Tensor],
+        anchors: Sequence[Tensor],
+        top_k: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Decode the best anchors of each level: boxes [B,K,4], logits [B,K] and index of the level [B,K]."""
+        """Decode the best anchors of each level: boxes [B,K,4], logits [B,K] and index of the level [B,K].
+
+        `top_k` of each level, or as many as in inference.
+        """
+        top_k = self.config.pre_nms_top_k if top_k is None else top_k
         boxes, scores, levels = [], [], []
         for level, (level_logits, level_deltas) in enumerate(zip(logits, deltas, strict=True)):
             num_anchors = static_size(level_deltas)[0]
-            score, index = level_logits.topk(min(self.config.pre_nms_top_k, num_anchors), dim=1)
+            score, index = level_logits.topk(min(top_k, num_anchors), dim=1)
             delta = level_deltas.gather(1, index[..., None].expand(-1, -1, 4))
             boxes.append(decode_deltas(delta, anchors[level][index], self.config.box_weights))
             scores.append(score.float())
             levels.append(torch.full_like(index, level))
         return torch.cat(boxes, dim=1), torch.cat(scores, dim=1), torch.cat(levels, dim=1)
 
-    def select(self, boxes: Tensor, scores: Tensor, levels: Tensor, sizes: Tensor) -> Proposals:
+    def select(
+        self, boxes: Tensor, scores: Tensor, levels: Tensor, sizes: Tensor, top_k: int | None = None
+    ) -> Proposals:
         """Clip the candidates, and keep the best that no better one of the same level overlaps.
 
-        No gradient flows into the boxes, as in Detectron2.
+        `top_k` of each image, or as many as in inference. No gradient flows into the boxes, as in Detectron2.
         """
+        return self.rank(boxes, scores, levels, sizes, top_k)[0]
+
+    def rank(
+        self, boxes: Tensor, scores: Tensor, levels: Tensor, sizes: Tensor, top_k: int | None = None
+    ) -> tuple[Proposals, Tensor]:
+        """Do what `select` does, and return the scores [B,P] of the proposals too, -inf where not valid."""
+        top_k = self.config.post_nms_top_k if top_k is None else top_k
         boxes = clip_boxes(boxes.detach(), sizes)
         is_large = (boxes[..., 2:] - boxes[..., :2] > self.config.min_size).all(-1)
         scores = torch.where(is_large, scores.detach(), -torch.inf)
-        num_proposals = min(self.config.post_nms_top_k, static_size(boxes)[0])
+        num_proposals = min(top_k, static_size(boxes)[0])
         keep, _ = ops.nms(boxes, scores, levels, self.config.nms_threshold, -torch.inf, num_proposals)
         valid = keep >= 0
-        kept = boxes.gather(1, keep.clamp(min=0)[..., None].expand(-1, -1, 4))
-        return Proposals(torch.where(valid[..., None], kept, 0), valid)
+        index = keep.clamp(min=0)
+        kept = boxes.gather(1, index[..., None].expand(-1, -1, 4))
+        proposals = Proposals(torch.where(valid[..., None], kept, 0), valid)
+        return proposals, torch.where(valid, scores.gather(1, index), -torch.inf)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 
 from streamd.messages import Letterbox
 
-Task = Literal["detect", "segment", "keypoints", "panoptic", "semantic"]
+Task = Literal["detect", "segment", "keypoints", "panoptic", "semantic", "densepose"]
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -17,12 +17,16 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ResizeRule(_Record, frozen=True, kw_only=True):
-    """How a frame is placed into the network's input; the interpolation is bilinear with half-pixel centres.
+    """How a frame is placed into the network's input, and scaled: bilinearly with half-pixel centres.
 
     - letterbox: scale = min(input / source) over both sides; the scaled size is truncated to whole pixels
     - shortest_edge: scale = min(min_size / shorter side, max_size / longer side), and smaller where that would not fit
       into the input; the scaled size is rounded, as Detectron2's ResizeShortestEdge does
     - stretch: the frame fills the input, whatever its shape
+
+    `antialias`: where a frame shrinks by n, each pixel is made of all that lie within n of it, weighted by a triangle,
+    as PIL and torchvision.transforms do. Without it only the four nearest count, as with OpenCV and F.interpolate.
+    A model wants what it was trained with.
     """
 
     kind: Literal["letterbox", "shortest_edge", "stretch"] = "letterbox"
@@ -30,6 +34,7 @@ class ResizeRule(_Record, frozen=True, kw_only=True):
     pad: float | None = 114.0  # value of the padding, 0..255, before normalisation; None: the mean, so 0 after it
     min_size: int = 0  # pixels, for shortest_edge alone
     max_size: int = 0
+    antialias: bool = False
 
 
 class NmsRule(_Record, frozen=True, kw_only=True):
@@ -58,6 +63,22 @@ class KeypointRule(_Record, frozen=True, kw_only=True):
     names: tuple[str, ...]  # J
 
 
+class DensePoseRule(_Record, frozen=True, kw_only=True):
+    """What the maps of the method `densepose` stand for, in this order of their channels.
+
+    `num_coarse` scores, of the background first; then, each with the background first and one channel a part, the
+    parts' scores, U, V. What is neither the background by the coarse scores nor by the others belongs to a part.
+    """
+
+    num_parts: int = 24
+    num_coarse: int = 2
+    up_scale: int = 2  # by which the maps are enlarged, bilinearly, before they are laid over the box
+
+    @property
+    def num_channels(self) -> int:
+        return self.num_coarse + 3 * (self.num_parts + 1)
+
+
 class PanopticRule(_Record, frozen=True, kw_only=True):
     """How masks and `semantic` become segments that do not overlap, as Detectron2's PanopticFPN joins them."""
 
@@ -65,6 +86,14 @@ class PanopticRule(_Record, frozen=True, kw_only=True):
     score_threshold: float = 0.5  # objects with lower scores become no segment
     overlap_threshold: float = 0.5  # nor do those of which better ones cover more than this part
     stuff_area_limit: int = 4096  # source pixels; smaller regions of a stuff label are left out
+
+
+class Blueprint(_Record, frozen=True, kw_only=True):
+    """How the network was built, so that training can build it again (`streamd.models.rebuild`)."""
+
+    kind: Literal["yolox", "detectron2", "vitdet", "torchvision"]
+    variant: str = ""  # the name of the builder, of yolox and torchvision
+    numbers: dict[str, Any] = {}  # its arguments; Detectron2's configuration; the description of a ViTDet
 
 
 class ModelSpec(_Record, frozen=True, kw_only=True):
@@ -84,10 +113,12 @@ class ModelSpec(_Record, frozen=True, kw_only=True):
     nms: NmsRule = NmsRule()
     masks: MaskRule | None = None
     keypoints: KeypointRule | None = None
+    densepose: DensePoseRule | None = None
     panoptic: PanopticRule | None = None
     weights_sha256: str = ""  # of the checkpoint that the artifact was made from
     licence: str = ""
     metrics: dict[str, float] = {}
+    blueprint: Blueprint | None = None  # None: it cannot be trained
 
     @property
     def padding(self) -> tuple[float, float, float]:
@@ -104,8 +135,12 @@ class ModelSpec(_Record, frozen=True, kw_only=True):
     @property
     def methods(self) -> tuple[str, ...]:
         """The methods that the artifact has beside `forward`."""
-        has_box_masks = self.masks is not None and self.masks.kind == "box"
-        return ("masks",) * has_box_masks + ("keypoints",) * (self.keypoints is not None)
+        has = {
+            "masks": self.masks is not None and self.masks.kind == "box",
+            "keypoints": self.keypoints is not None,
+            "densepose": self.densepose is not None,
+        }
+        return tuple(name for name, is_there in has.items() if is_there)
 
     def letterbox(self, width: int, height: int) -> Letterbox:
         """Say where a source of `width` x `height` pixels lands in the network's input."""

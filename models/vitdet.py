@@ -232,7 +232,7 @@ def _spec(architecture: Architecture, config: RcnnConfig) -> ModelSpec:
         colour="rgb" if architecture.input_format == "RGB" else "bgr",
         mean=architecture.pixel_mean,
         std=architecture.pixel_std,
-        resize=ResizeRule(kind="shortest_edge", min_size=side, max_size=side, pad=None),
+        resize=ResizeRule(kind="shortest_edge", min_size=side, max_size=side, pad=None, antialias=True),
         nms=NmsRule(
             score_threshold=just_above(architecture.test_score_thresh),
             iou_threshold=architecture.test_nms_thresh,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from streamd.errors import ModelError
 from streamd.models import BUILDERS, artifact, coco
 from streamd.models.download import Progress, fetch, progress_bar
-from streamd.models.spec import MaskRule, ModelSpec, ResizeRule
+from streamd.models.misfits import describe_misfits
+from streamd.models.spec import Blueprint, MaskRule, ModelSpec, ResizeRule
+from streamd.models.yolox import STRIDES, YOLOX
 
 MASK_PREFIX = "masks."  # of the parameters that official checkpoints do not have
 RELEASE_URL = "https://github.com/Megvii-BaseDetection/YOLOX/releases/download/0.1.1rc0"
@@ -167,20 +170,37 @@ def export_checkpoint(
     sha256 = _sha256(checkpoint_path)
     # Only the published file earned the published accuracy and is known to have this licence.
     release = next((release for release in RELEASES.values() if release.sha256 == sha256), None)
-    spec = ModelSpec(
-        name=variant,
-        task="segment" if num_prototypes else "detect",
-        labels=tuple(labels),
-        input_size=network.input_size,
-        colour="bgr",
-        resize=ResizeRule(anchor="top_left", pad=114.0),
-        masks=MaskRule() if num_prototypes else None,
+    spec = msgspec.structs.replace(
+        yolox_spec(variant, network, labels),
         weights_sha256=sha256,
         licence=release.licence if release else "",
         metrics={"coco_ap_published": release.coco_ap} if release else {},
     )
     artifact.export(network, spec, out_path)
     return spec
+
+
+def yolox_spec(variant: str, network: YOLOX, labels: Sequence[str]) -> ModelSpec:
+    """Describe a YOLOX of BUILDERS."""
+    return ModelSpec(
+        name=variant,
+        task="segment" if network.num_prototypes else "detect",
+        labels=tuple(labels),
+        input_size=network.input_size,
+        size_multiple=STRIDES[-1],
+        colour="bgr",
+        resize=ResizeRule(anchor="top_left", pad=114.0),
+        masks=MaskRule() if network.num_prototypes else None,
+        blueprint=Blueprint(
+            kind="yolox",
+            variant=variant,
+            numbers={
+                "num_classes": network.num_classes,
+                "num_prototypes": network.num_prototypes,
+                "input_size": list(network.input_size),  # as it is read back
+            },
+        ),
+    )
 
 
 def _labels(labels: Sequence[str] | None, num_classes: int, path: Path) -> Sequence[str]:
@@ -231,21 +251,8 @@ def load_weights(network: nn.Module, state: dict[str, Tensor], allow_missing_pre
 
     Parameters that begin with one of `allow_missing_prefixes` may be missing and keep their values.
     """
-    own = network.state_dict()
-    missing = [key for key in own if key not in state and not key.startswith(allow_missing_prefixes)]
-    unknown = [key for key in state if key not in own]
-    misshapen = [
-        f"{key} is {list(state[key].shape)} instead of {list(tensor.shape)}"
-        for key, tensor in own.items()
-        if key in state and state[key].shape != tensor.shape
-    ]
-    problems = [
-        f"{len(items)} {what} ({', '.join(items[:3])}{', ...' if len(items) > 3 else ''})"
-        for what, items in (("missing", missing), ("unknown", unknown), ("of another shape", misshapen))
-        if items
-    ]
-    if problems:
-        raise ModelError(f"the parameters do not fit the network: {'; '.join(problems)}")
+    if misfits := describe_misfits(network.state_dict(), state, allow_missing_prefixes):
+        raise ModelError(f"the parameters do not fit the network: {misfits}")
     network.load_state_dict(state, strict=False)
 
 

@@ -284,11 +284,15 @@ class YOLOX(nn.Module):
 
     def decode(self, raw_boxes: Tensor) -> Tensor:
         """Turn cell offsets and log sizes into corners in input pixels."""
-        # float16 has steps of half a pixel beyond 512.
-        raw_boxes = raw_boxes.float()
-        centre = (raw_boxes[..., :2] + self.cells) * self.strides
-        half_size = raw_boxes[..., 2:].exp() * (self.strides * 0.5)
-        return torch.cat((centre - half_size, centre + half_size), dim=-1)
+        return decode_cells(raw_boxes, self.cells, self.strides)
+
+
+def decode_cells(raw_boxes: Tensor, cells: Tensor, strides: Tensor) -> Tensor:
+    """Turn offsets and log sizes [...,K,4] of the cells of `cell_grid` into corners in input pixels, float32."""
+    raw_boxes = raw_boxes.float()  # float16 has steps of half a pixel beyond 512
+    centre = (raw_boxes[..., :2] + cells) * strides
+    half_size = raw_boxes[..., 2:].exp() * (strides * 0.5)
+    return torch.cat((centre - half_size, centre + half_size), dim=-1)
 
 
 def cell_grid(input_size: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 
-from streamd import wire
-from streamd.messages import Detections, Result, Rle, StageTimes, Status
+from streamd import charts, wire
+from streamd.messages import Chart, Detections, Result, Rle, StageTimes, Status
 from streamd.models.spec import ModelSpec
 from streamd.publish import Outgoing
 
@@ -101,6 +101,7 @@ def status_message(status: Status) -> wire.StatusMessage:
 def _objects(detections: Detections, labels: Sequence[str]) -> tuple[wire.DetectedObject, ...]:
     boxes, scores, label_ids = detections.boxes.tolist(), detections.scores.tolist(), detections.labels.tolist()
     rles = (None,) * len(detections) if detections.masks is None else detections.masks
+    surfaces = (None,) * len(detections) if detections.charts is None else detections.charts
     poses = (None,) * len(detections) if detections.keypoints is None else detections.keypoints.tolist()
     return tuple(
         wire.DetectedObject(
@@ -110,14 +111,22 @@ def _objects(detections: Detections, labels: Sequence[str]) -> tuple[wire.Detect
             box=(round(x1, 2), round(y1, 2), round(x2, 2), round(y2, 2)),
             mask=None if rle is None else _mask(rle),
             keypoints=None if pose is None else tuple(map(_point, pose)),
+            densepose=None if chart is None else _chart(chart),
         )
-        for (x1, y1, x2, y2), score, label_id, rle, pose in zip(boxes, scores, label_ids, rles, poses, strict=True)
+        for (x1, y1, x2, y2), score, label_id, rle, pose, chart in zip(
+            boxes, scores, label_ids, rles, poses, surfaces, strict=True
+        )
     )
 
 
 def _point(values: tuple[float, float, float]) -> wire.Point:
     x, y, score = values
     return round(x, 2), round(y, 2), min(round(score, 4), 1.0)  # a sharp peak's score may be a little above 1
+
+
+def _chart(chart: Chart) -> wire.SurfaceChart:
+    _, height, width = chart.planes.shape
+    return wire.SurfaceChart(box=chart.box, size=(height, width), data=charts.pack(chart.planes))
 
 
 def _segments(

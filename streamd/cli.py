@@ -13,7 +13,9 @@ from rich.console import Console
 
 from streamd import __version__
 from streamd.errors import ConfigError, ModelError, PublishError, StreamdError
+from streamd.eval_command import evaluate
 from streamd.import_commands import import_app, read_labels
+from streamd.train_commands import data_app, train
 
 EXIT_CODES = """
 Exit codes: 0 all went well, 1 something failed while running (systemd restarts the daemon), 2 wrong usage,
@@ -32,6 +34,9 @@ app = typer.Typer(
 config_app = typer.Typer(help="About configuration files.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(config_app, name="config")
 app.add_typer(import_app, name="import")
+app.add_typer(data_app, name="data")
+app.command()(train)
+app.command("eval")(evaluate)
 
 ConfigPath = Annotated[Path, typer.Argument(help="The YAML file.", metavar="CONFIG")]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="How much is logged to stderr.")]

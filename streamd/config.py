@@ -19,7 +19,9 @@ _NO_OTHER_NAMES: JsonDict = {"additionalProperties": False}  # or editors would 
 SCHEMES = ("rtsp", "rtsps", "http", "https", "file", "v4l2")
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a configuration: frozen, no unknown keys, no value of another type, and no secret in its text."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
     def __repr__(self) -> str:
@@ -28,7 +30,7 @@ class _Section(BaseModel):
     __str__ = __repr__
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """One model and how it is run."""
 
     path: str = Field(description="An artifact (.pt) made by `streamd export`, or the name of a known model.")
@@ -52,7 +54,7 @@ class ModelConfig(_Section):
     threads: Auto | Annotated[int, Field(ge=1, le=256)] = Field("auto", description="CPU threads of each worker.")
 
 
-class StreamDefaults(_Section):
+class StreamDefaults(Section):
     """What every stream may say, and `defaults:` may say for all of them."""
 
     model: str | None = Field(None, description="A name under `models:`; not needed where there is only one.")
@@ -103,12 +105,12 @@ class StreamConfig(StreamDefaults):
         return is_file_url(self.url.get_secret_value())
 
 
-class ZeroMqConfig(_Section):
+class ZeroMqConfig(Section):
     bind: str = Field("tcp://127.0.0.1:5555", pattern=r"^(tcp|ipc)://.+", description="Where subscribers connect to.")
     high_water_mark: int = Field(1000, ge=1, description="Messages kept for a slow subscriber before it loses some.")
 
 
-class RedisConfig(_Section):
+class RedisConfig(Section):
     url: SecretStr = Field(description="redis://, rediss:// or unix://; ${ENV} and ${file:PATH} work.")
     pubsub: bool = Field(True, description="PUBLISH to streamd:<stream>:<kind>.")
     streams: bool = Field(True, description="XADD to streamd:<stream>.")
@@ -122,7 +124,7 @@ class RedisConfig(_Section):
         return url
 
 
-class PublishConfig(_Section):
+class PublishConfig(Section):
     """Where results go."""
 
     format: Literal["json", "msgpack"] = Field("json", description="How messages are encoded.")
@@ -131,13 +133,13 @@ class PublishConfig(_Section):
     redis: RedisConfig | None = Field(None, description="Redis pub/sub and Streams; off by default.")
 
 
-class MetricsConfig(_Section):
+class MetricsConfig(Section):
     """What the daemon says of itself."""
 
     log_interval_s: float = Field(60, gt=0, description="Seconds between the summary lines in the log.")
 
 
-class Config(_Section):
+class Config(Section):
     """The whole file."""
 
     defaults: StreamDefaults = Field(StreamDefaults(), description="For every stream.")

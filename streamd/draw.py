@@ -22,7 +22,7 @@ from streamd.messages import Letterbox, Picture
 if TYPE_CHECKING:
     import supervision as sv
 
-    from streamd.wire import DetectedObject, DetectionsMessage
+    from streamd.wire import DetectedObject, DetectionsMessage, SurfaceChart
 
 _TIME_BASE = Fraction(1, 90_000)  # the clock of MPEG and RTP: exact for every usual frame rate
 _NOMINAL_RATE = 25  # what the encoder plans with; the pictures' own times are what is written
@@ -43,6 +43,8 @@ _LIMBS = {
 }
 _MIN_POINT_SCORE = 0.05  # a point below it may be anywhere
 _OPACITY = 0.45  # of masks and segments
+_CHART_OPACITY = 0.7
+_HUE_STEP = 97  # of 256, from a body's part to the next in number, which is often its neighbour
 _GAP_PX = 4  # between the tiles of a contact sheet
 
 
@@ -65,7 +67,7 @@ def to_rgb(picture: Picture) -> np.ndarray:
 def annotate(picture: np.ndarray, message: DetectionsMessage) -> np.ndarray:
     """Return a copy of the frame's picture, uint8 RGB [H, W, 3], with all that was seen drawn onto it.
 
-    Segments, or else masks, then boxes, keypoints and labels.
+    Segments, or else masks, then charts, boxes, keypoints and labels.
     """
     import supervision as sv
 
@@ -76,6 +78,9 @@ def annotate(picture: np.ndarray, message: DetectionsMessage) -> np.ndarray:
         drawn = _draw_segments(drawn, message, palette)
     elif found.mask is not None:
         drawn = sv.MaskAnnotator(palette, opacity=_OPACITY).annotate(drawn, found)
+    for one in message.objects:
+        if one.densepose:
+            _draw_chart(drawn, one.densepose)
     if len(found):
         size = min(picture.shape[:2])
         drawn = sv.BoxAnnotator(palette, thickness=max(1, round(size / 300))).annotate(drawn, found)
@@ -84,6 +89,25 @@ def annotate(picture: np.ndarray, message: DetectionsMessage) -> np.ndarray:
         names = [_title(one) for one in message.objects]
         drawn = _label_annotator(palette, size, smart_position=True).annotate(drawn, found, names)
     return np.ascontiguousarray(drawn[..., ::-1])
+
+
+def _draw_chart(drawn: np.ndarray, chart: SurfaceChart) -> None:
+    """Colour the parts of a body in a BGR picture, in place: each has a hue, which U pales and V darkens.
+
+    Raises WireError where the chart is damaged.
+    """
+    part, (u, v) = chart.decode()
+    hsv = np.stack((part.astype(int) * _HUE_STEP % 256, 255 - 120 * u, 255 - 120 * v), axis=-1).astype(np.uint8)
+    colours = np.asarray(Image.frombytes("HSV", hsv.shape[1::-1], hsv.tobytes()).convert("RGB"))[..., ::-1]
+    left, top, width, height = chart.box
+    y = np.arange(max(top, 0), min(top + height, drawn.shape[0]))
+    x = np.arange(max(left, 0), min(left + width, drawn.shape[1]))
+    if not len(y) or not len(x):
+        return
+    cells = np.ix_((y - top) * part.shape[0] // height, (x - left) * part.shape[1] // width)
+    pixels = np.ix_(y, x)
+    opacity = _CHART_OPACITY * (part[cells] > 0)[..., None]
+    drawn[pixels] = drawn[pixels] * (1 - opacity) + colours[cells] * opacity
 
 
 def _draw_segments(drawn: np.ndarray, message: DetectionsMessage, palette: sv.ColorPalette) -> np.ndarray:

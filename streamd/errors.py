@@ -30,6 +30,10 @@ class SourceError(StreamdError):
         self.permanent = permanent
 
 
+class DataError(StreamdError):
+    """A data set cannot be read: the message names the file, the place in it, and what to do."""
+
+
 class OutputError(StreamdError):
     """A picture or video could not be written."""
 

@@ -22,7 +22,11 @@ import_app = typer.Typer(
 Out = Annotated[Path, typer.Option("--out", "-o", help="The artifact to write.")]
 Labels = Annotated[Path | None, typer.Option(help="A text file, one label a line; the data set's by default.")]
 InputSize = Annotated[
-    str | None, typer.Option(help="HEIGHTxWIDTH in pixels of the network's input; the configuration's by default.")
+    str | None,
+    typer.Option(
+        help="HEIGHTxWIDTH in pixels of the network's input; the configuration's by default. Not for a network of one "
+        "size: ViTDet, SSD."
+    ),
 ]
 
 
@@ -40,7 +44,13 @@ def detectron2(
     """
     from streamd.models.importers import detectron2 as importer
 
-    load = importer.load_vitdet if config.suffix == ".json" else importer.load
+    is_vitdet = config.suffix == ".json"
+    if is_vitdet and input_size is not None:
+        raise ConfigError(
+            f"--input-size cannot be given for a ViTDet: its positions are laid out for the size of {config}; "
+            "change square_pad there"
+        )
+    load = importer.load_vitdet if is_vitdet else importer.load
     _export(*load(config, weights, read_labels(labels)), out, input_size)
 
 
@@ -86,6 +96,8 @@ def hf(
 ) -> None:
     """Import a detector of transformers: RT-DETR, D-FINE, RF-DETR. Needs `pip install 'streamd[hf]'`.
 
+    Its input has the one size of its image processor.
+
     Example: streamd import hf ./my-rtdetr -o gate.pt
     """
     from streamd.models.importers import hf as importer
@@ -109,6 +121,12 @@ def _export(network: nn.Module, spec: ModelSpec, out: Path, input_size: str | No
     from streamd.models import artifact
 
     if input_size is not None:
+        if spec.resize.kind == "stretch":
+            height, width = spec.input_size
+            raise ConfigError(
+                f"--input-size cannot be given for {spec.name}: it is built for {height}x{width}, "
+                "to which each frame is stretched"
+            )
         numbers = re.fullmatch(r"(\d+)x(\d+)", input_size)
         if numbers is None:
             raise ConfigError(f"--input-size is {input_size!r}, not HEIGHTxWIDTH such as 800x1344")

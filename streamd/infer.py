@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
@@ -19,6 +19,7 @@ from streamd.errors import ConfigError, ModelError
 from streamd.gpu.graph import Graph
 from streamd.messages import RawOutput
 from streamd.models import artifact
+from streamd.models.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,35 @@ Precision = Literal["auto", "fp32", "fp16", "bf16"]
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+class Runnable(Protocol):
+    """What a runner asks of a model."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def run(self, images: torch.Tensor, sizes: torch.Tensor) -> RawOutput:
+        """Run the network on `images` [B, 3, H, W] of `sizes` [B, 2]; see `Model.run`."""
+        ...
+
+    def masks(self, features: Sequence[torch.Tensor], boxes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return mask probabilities [B, N, S, S]; called where the spec has masks of the kind `box`."""
+        ...
+
+    def keypoints(self, features: Sequence[torch.Tensor], boxes: torch.Tensor) -> torch.Tensor:
+        """Return logits of heat maps [B, N, J, S, S]; called where the spec has keypoints."""
+        ...
+
+    def densepose(self, features: Sequence[torch.Tensor], boxes: torch.Tensor) -> torch.Tensor:
+        """Return the maps [B, N, C, S, S] of a `DensePoseRule`; called where the spec has one."""
+        ...
+
+
 class Model:
     """A loaded model on one device; any number of workers may run it at once."""
 
@@ -40,7 +70,7 @@ class Model:
 
         Raises ModelError; ConfigError where there is no such device.
         """
-        self.device = _device(device)
+        self.device = find_device(device)
         self.dtype = (
             _DTYPES["fp32" if self.device.type == "cpu" else "fp16"] if precision == "auto" else _DTYPES[precision]
         )
@@ -69,6 +99,11 @@ class Model:
         """Return logits of heat maps [B, N, J, S, S] of boxes [B, N, 4] in input pixels."""
         with torch.inference_mode():
             return self._module.keypoints(list(features), boxes)
+
+    def densepose(self, features: Sequence[torch.Tensor], boxes: torch.Tensor) -> torch.Tensor:
+        """Return the maps [B, N, C, S, S] of a `DensePoseRule` of boxes [B, N, 4] in input pixels."""
+        with torch.inference_mode():
+            return self._module.densepose(list(features), boxes)
 
     def images_per_s(self, workers: int, threads: int, batch: int) -> float:
         """Measure throughput with so many workers at once, each with so many CPU threads."""
@@ -202,10 +237,14 @@ def _layouts(model: Model, wish: Wish) -> Sequence[tuple[int, int]]:
     return [(max(1, cores // count), count) for count in threads]
 
 
-def _device(wanted: str) -> torch.device:
+def find_device(wanted: str) -> torch.device:
+    """Return the device of a name such as cuda:1; `auto` is the GPU where there is one. Raises ConfigError."""
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(wanted)
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as err:
+        raise ConfigError(f"device '{wanted}': no such device; use auto, cpu, cuda or cuda:N") from err
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device '{wanted}': torch sees no GPU here (`streamd doctor` says why); use auto or cpu")
     return device

@@ -11,11 +11,23 @@ from rich.table import Table
 from torchvision.models import get_model_weights
 
 from streamd.errors import ModelError
-from streamd.models import BUILDERS, artifact, weights
+from streamd.models import BUILDERS, artifact, deeplab, weights
+from streamd.models.importers import hf
 from streamd.models.importers.torchvision import NAMES
 
 _TASKS = {"maskrcnn": "segment", "keypointrcnn": "keypoints"}
 _TORCHVISION_LICENCE = "BSD-3-Clause (torchvision)"
+# Families of which one brings the weights: what their artifacts are called, their tasks, and the command.
+_OF_DETECTRON2 = (
+    ("faster_rcnn", "detect"),
+    ("mask_rcnn", "segment"),
+    ("keypoint_rcnn", "keypoints"),
+    ("cascade_mask_rcnn", "segment"),
+    ("retinanet", "detect"),
+    ("panoptic_fpn", "panoptic"),
+    ("semantic_fpn", "semantic"),
+    ("vitdet", "segment"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +38,7 @@ class KnownModel:
     task: str
     input: str
     licence: str
-    published: str  # accuracy on COCO val2017
+    published: str  # accuracy on COCO val2017, percent
     how: str  # to get it, or where it lies
 
 
@@ -41,6 +53,12 @@ def known_models() -> Iterator[KnownModel]:
     for name in NAMES:
         task = next((task for part, task in _TASKS.items() if name.startswith(part)), "detect")
         yield KnownModel(name, task, "", _TORCHVISION_LICENCE, _published(name), "streamd import torchvision")
+    for name in deeplab.VARIANTS:
+        yield KnownModel(name, "semantic", "", _TORCHVISION_LICENCE, _published(name), "streamd import torchvision")
+    for name, task in _OF_DETECTRON2:
+        yield KnownModel(name, task, "", "", "", "streamd import detectron2")
+    for name in hf.FAMILIES:
+        yield KnownModel(name, "detect", "", "", "", "streamd import hf")
     for directory in directories:
         for path in sorted(directory.glob("*.pt")):
             yield from _on_disk(path)
@@ -55,13 +73,17 @@ def show(console: Console) -> None:
         licence = model.licence.partition(" (")[0]
         table.add_row(model.name, model.task, model.input, model.published, licence, model.how)
     console.print(table)
-    console.print("Detectron2's networks: streamd import detectron2 --help", highlight=False)
 
 
 def _published(name: str) -> str:
-    found = get_model_weights(name)
-    metrics = found["COCO_V1"].meta["_metrics"].get("COCO-val2017", {})
-    return ", ".join(f"{key.removesuffix('_map')} {value}" for key, value in metrics.items())
+    found = get_model_weights(name)["DEFAULT"].meta["_metrics"]
+    metrics: dict[str, float] = next(
+        (values for data_set, values in found.items() if data_set.startswith("COCO-val2017")), {}
+    )
+    words = {"miou": "mIoU"}
+    return ", ".join(
+        f"{words.get(key, key.removesuffix('_map'))} {value}" for key, value in metrics.items() if key != "pixel_acc"
+    )
 
 
 def _on_disk(path: Path) -> Iterator[KnownModel]:

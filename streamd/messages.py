@@ -119,7 +119,7 @@ class RawOutput:
     prototypes: Tensor | None = None  # [B, P, h, w] mask basis over the whole input
     coefficients: Tensor | None = None  # [B, K, P]; mask logits = coefficients @ prototypes
     labels: Tensor | None = None  # [B, K] int64
-    features: tuple[Tensor, ...] = ()  # [B, D, h, w] each: what the methods `masks` and `keypoints` pool from
+    features: tuple[Tensor, ...] = ()  # [B, D, h, w] each: what the methods beside `forward` pool from
     semantic: Tensor | None = None  # [B, S, h, w] logits over the whole input
 
 
@@ -130,6 +130,14 @@ class Rle:
     height: int  # source pixels
     width: int
     counts: bytes  # COCO's compressed ASCII
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chart:
+    """Which point of a body's surface each cell of a box shows, as DensePose describes it."""
+
+    box: tuple[int, int, int, int]  # x, y, width, height in whole source pixels; the cells share it evenly
+    planes: np.ndarray  # [3, h, w] uint8: part from 1, or 0 for the background; its coordinates U and V in 1/255
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,6 +160,7 @@ class Detections:
     labels: np.ndarray  # [N] int64, index into ModelSpec.labels
     masks: tuple[Rle, ...] | None = None  # N masks at source size
     keypoints: np.ndarray | None = None  # [N, J, 3] float32 x, y in source pixels, not clipped, and score
+    charts: tuple[Chart, ...] | None = None  # N, of a DensePose model
     segments: tuple[Segment, ...] | None = None  # of a panoptic or semantic model; any number
 
     def __len__(self) -> int:

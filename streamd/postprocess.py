@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamd.gpu import ops
+from streamd.gpu import densepose, ops
 from streamd.gpu.rle import EncodedMasks
 from streamd.messages import Batch, Detections, Frame, Letterbox, RawOutput, Rle, Segment
 from streamd.segments import Things, panoptic_segments, semantic_segments
@@ -43,6 +43,10 @@ class Heads(Protocol):
         """Return logits of heat maps [B, N, J, S, S]."""
         ...
 
+    def densepose(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
+        """Return the maps [B, N, C, S, S] of a `DensePoseRule`."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
@@ -55,6 +59,7 @@ class Found:
     masks: EncodedMasks | None = None  # of B * N rows
     keypoints: Tensor | None = None  # [B, N, J, 3] float32: x, y in source pixels, score
     probabilities: Tensor | None = None  # [B, N, S, S] masks over the boxes; kept where segments are made of them
+    charts: Tensor | None = None  # [B, N, 3, S, S] uint8, see `make_charts`; those of objects alone leave the device
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -101,6 +106,7 @@ class Postprocessor:
             self._encode_masks(raw, table, placements, probabilities, len(table) * _RUNS_PER_IMAGE),
             self._keypoints(raw, shown, placements),
             probabilities if self.spec.panoptic else None,
+            self._charts(raw, shown, table),
         )
 
     def encode_masks(self, raw: RawOutput, table: Tensor, placements: Tensor, num_runs: int) -> EncodedMasks | None:
@@ -152,6 +158,17 @@ class Postprocessor:
         scale, origin = (placements[:, None, None, column : column + 2] for column in (0, 2))
         return torch.cat(((points[..., :2] - origin) / scale, points[..., 2:]), dim=-1)
 
+    def _charts(self, raw: RawOutput, boxes: Tensor, table: Tensor) -> Tensor | None:
+        """Return the charts of boxes in input pixels, where the model has such."""
+        rule = self.spec.densepose
+        if rule is None:
+            return None
+        in_source = torch.where(table[..., _VALID:] > 0, table[..., :4], 0)
+        if boxes.shape[1] == 0:
+            return densepose.make_charts(boxes.new_zeros(len(boxes), 0, rule.num_channels, 1, 1), in_source, rule)
+        assert self.heads is not None
+        return densepose.make_charts(self.heads.densepose(raw.features, boxes), in_source, rule)
+
     def segments(self, raw: RawOutput, found: Found, batch: Batch) -> list[tuple[Segment, ...]] | None:
         """Make the segments of each frame, None where the model has none; waits for the device.
 
@@ -170,12 +187,17 @@ class Postprocessor:
         return segments
 
     def describe(
-        self, found: Found, batch: Batch, segments: Sequence[tuple[Segment, ...]] | None = None
+        self,
+        found: Found,
+        batch: Batch,
+        segments: Sequence[tuple[Segment, ...]] | None = None,
+        charts: Tensor | None = None,
     ) -> list[Detections]:
         """Make Detections of what `reduce` gave, once it is on the host and the masks had room enough.
 
-        `segments` are those of the method of this name.
+        `segments` are those of the method of this name, `charts` [objects, 3, S, S] those of the `object_rows` alone.
         """
+        num_described = 0
         masks = found.masks.strings() if found.masks is not None else None
         detections = []
         for index, frame in enumerate(batch.frames):
@@ -192,9 +214,11 @@ class Postprocessor:
                     if masks is None
                     else tuple(Rle(frame.height, frame.width, masks[first + row]) for row in rows),
                     keypoints=None if found.keypoints is None else found.keypoints[index].numpy(force=True)[rows],
+                    charts=None if charts is None else densepose.cut_charts(charts[num_described:], objects[:, :4]),
                     segments=None if segments is None else segments[index],
                 )
             )
+            num_described += len(rows)
         return detections
 
 
@@ -215,7 +239,13 @@ def postprocess(
     if found.masks is not None and not has_room(found.masks, len(found.table)):
         num_runs = int(found.masks.num_runs)
         found = replace(found, masks=processor.encode_masks(raw, found.table, placements, num_runs))
-    return processor.describe(found, batch, processor.segments(raw, found, batch))
+    charts = None if found.charts is None else found.charts.flatten(0, 1)[object_rows(found.table)]
+    return processor.describe(found, batch, processor.segments(raw, found, batch), charts)
+
+
+def object_rows(table: Tensor) -> Tensor:
+    """Count the B * N rows of a table [B, N, 8] through, and return the numbers of those that are objects."""
+    return (table[..., _VALID] > 0).flatten().nonzero()[:, 0]
 
 
 def _things(found: Found, index: int) -> Things:

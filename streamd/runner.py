@@ -22,14 +22,23 @@ import torch
 from streamd.gpu import ops
 from streamd.gpu.graph import Graph
 from streamd.gpu.rle import EncodedMasks
-from streamd.infer import BATCH_LADDER, Model
+from streamd.infer import BATCH_LADDER, Runnable
 from streamd.messages import Batch, Detections, Frame, RawOutput
 from streamd.models.spec import ModelSpec, NmsRule
-from streamd.postprocess import NUM_PLACEMENT_COLUMNS, Found, Postprocessor, has_room, place, wanted_labels
+from streamd.postprocess import (
+    NUM_PLACEMENT_COLUMNS,
+    Found,
+    Postprocessor,
+    has_room,
+    object_rows,
+    place,
+    wanted_labels,
+)
 
 logger = logging.getLogger(__name__)
 
 _NUM_SLOTS = 2
+_ON_DEVICE = ("probabilities", "charts")  # of `Found`: large, and needed of objects alone
 
 Compute = Callable[[], tuple[RawOutput, Found]]
 
@@ -60,7 +69,7 @@ class _Engine:
 class _Slot:
     """The memory of one batch on its way, and how far it has come."""
 
-    def __init__(self, model: Model, max_batch: int) -> None:
+    def __init__(self, model: Runnable, max_batch: int) -> None:
         on_gpu = model.device.type == "cuda"
         self.images = torch.zeros((max_batch, 3, *model.spec.input_size), dtype=model.dtype, device=model.device)
         self.placements = torch.ones((max_batch, NUM_PLACEMENT_COLUMNS), device=model.device)
@@ -85,7 +94,7 @@ class Runner:
     """One model's way from frames to detections. `begin` and `finish` may be called by one thread each."""
 
     def __init__(
-        self, model: Model, rule: NmsRule, max_batch: int, labels: frozenset[int] | None = None, num_slots: int = 0
+        self, model: Runnable, rule: NmsRule, max_batch: int, labels: frozenset[int] | None = None, num_slots: int = 0
     ) -> None:
         """Take memory for `num_slots` batches: by default two on a GPU, one on a CPU."""
         self._model = model
@@ -155,7 +164,7 @@ class Runner:
             found = replace(running.found, masks=self._fetch_masks(running))
             with self._copy.after():
                 segments = self._postprocessor.segments(running.raw, running.computed, running.batch)
-            return self._postprocessor.describe(found, running.batch, segments)
+            return self._postprocessor.describe(found, running.batch, segments, self._fetch_charts(running))
         finally:
             self._free.put(running.slot)
 
@@ -171,6 +180,16 @@ class Runner:
                 assert more is not None
                 return EncodedMasks(self._fetch(more.characters), self._fetch(more.offsets), masks.num_runs)
         return replace(masks, characters=self._fetch(computed.masks.characters[: int(masks.offsets[-1])]))
+
+    def _fetch_charts(self, running: Running) -> torch.Tensor | None:
+        """Bring the charts of the objects to the host, now that it is known which rows those are."""
+        charts = running.computed.charts
+        if charts is None:
+            return None
+        rows = _uploadable(object_rows(running.found.table), charts.device)
+        with self._copy.after():
+            chosen = charts.flatten(0, 1)[rows.to(charts.device, non_blocking=True)]
+        return self._fetch(chosen)
 
     def _fetch(self, tensor: torch.Tensor) -> torch.Tensor:
         if self._copy.stream is None:
@@ -204,6 +223,7 @@ def assemble(frames: Sequence[Frame], spec: ModelSpec, images: torch.Tensor) -> 
         mean=spec.mean,
         std=spec.std,
         pad=spec.padding,
+        antialias=spec.resize.antialias,
     )
     return Batch(tuple(frames), images, letterboxes)
 
@@ -259,8 +279,8 @@ class _HostCopy:
 
 
 def _per_image(found: Found) -> dict[str, torch.Tensor]:
-    """Name the results that have a row for each image, but for mask probabilities, which stay on the device."""
-    values = {field.name: getattr(found, field.name) for field in fields(found) if field.name != "probabilities"}
+    """Name the results that have a row for each image, but for those that stay on the device."""
+    values = {field.name: getattr(found, field.name) for field in fields(found) if field.name not in _ON_DEVICE}
     return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 

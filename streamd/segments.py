@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from streamd.gpu.mask_reference import paste_boxes
 from streamd.gpu.panoptic import classify_pixels, merge
-from streamd.gpu.reference import paste_boxes
 from streamd.gpu.segment_runs import encode_segments
 from streamd.messages import Frame, Letterbox, Rle, Segment
 

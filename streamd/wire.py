@@ -55,6 +55,31 @@ class Mask(Struct, frozen=True, kw_only=True):
         return np.ascontiguousarray(columns.T)
 
 
+class SurfaceChart(Struct, frozen=True, kw_only=True):
+    """Which point of a body's surface each cell of a box shows, as DensePose describes it."""
+
+    box: Annotated[
+        tuple[int, int, int, int],
+        Meta(description="x, y, width, height in whole source pixels; the cells share it evenly"),
+    ]
+    size: Annotated[tuple[int, int], Meta(description="height, width in cells, 128 at most; small boxes: one a pixel")]
+    data: Annotated[
+        bytes, Meta(description="zlib of three planes of uint8, part, U, V; each row less the row above, modulo 256")
+    ]
+
+    def decode(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the part of each cell, uint8 [height, width], and its U and V, float32 [2, height, width] in 0..1.
+
+        Part 0 is the background, where U and V mean nothing. Raises WireError where the bytes are damaged.
+        """
+        import numpy as np
+
+        from streamd import charts
+
+        part, *coordinates = charts.unpack(self.data, self.size)
+        return part, np.stack(coordinates).astype(np.float32) / 255
+
+
 class DetectedObject(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One object of a frame; what the model's task does not give is left out."""
 
@@ -65,6 +90,7 @@ class DetectedObject(Struct, frozen=True, kw_only=True, omit_defaults=True):
     box: Annotated[tuple[float, float, float, float], Meta(description="x1, y1, x2, y2 in source pixels")]
     mask: Mask | None = None
     keypoints: Annotated[tuple[Point, ...] | None, Meta(description="in the model's order")] = None
+    densepose: SurfaceChart | None = None
 
 
 class Segment(Struct, frozen=True, kw_only=True, omit_defaults=True):

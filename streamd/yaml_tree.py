@@ -20,8 +20,13 @@ _MERGE_TAG = "tag:yaml.org,2002:merge"
 class YamlTree:
     """The values of one YAML document and the line of each."""
 
-    def __init__(self, text: str, complain: Callable[[Place, str], None]) -> None:
-        """Read `text`. `complain` hears of values that cannot be read; ConfigError if nothing can."""
+    def __init__(
+        self, text: str, complain: Callable[[Place, str], None], expected: str = "models: and streams:"
+    ) -> None:
+        """Read `text`. `complain` hears of values that cannot be read; ConfigError if nothing can.
+
+        `expected` are the first keys that a whole file has, for the error.
+        """
         self.lines: dict[Place, int] = {}
         self._complain = complain
         self._num_values = 0
@@ -29,7 +34,7 @@ class YamlTree:
             root = yaml.compose(text, Loader=yaml.SafeLoader)
             if not isinstance(root, yaml.MappingNode):
                 got = "nothing" if root is None else "no map"
-                raise ConfigError(f"expected the keys models: and streams:, got {got}")
+                raise ConfigError(f"expected the keys {expected}, got {got}")
             self.root = self._mapping(root, ())
         except RecursionError:
             raise ConfigError("not valid YAML: nested too deeply; does an anchor contain itself?") from None

@@ -66,7 +66,7 @@ def _detections(arrays: dict[str, Any], prefix: str) -> Detections:
         arrays[f"{prefix}_classes"],
         masks,
         arrays.get(f"{prefix}_keypoints"),
-        segments,
+        segments=segments,
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from streamd.errors import ModelError
 from streamd.models.contract import check_method, check_output, describe_wrong_spec, pack
-from streamd.models.spec import KeypointRule, MaskRule, ModelSpec, PanopticRule, ResizeRule
+from streamd.models.spec import DensePoseRule, KeypointRule, MaskRule, ModelSpec, PanopticRule, ResizeRule
 
 DETECT = ModelSpec(name="any", task="detect", labels=("a", "b", "c"), input_size=(64, 96), colour="bgr")
 BOX_MASKS, POINTS = MaskRule(kind="box"), KeypointRule(names=("head", "tail"))
@@ -33,6 +33,8 @@ def spec_of(**fields: Any) -> ModelSpec:
         {"task": "keypoints", "keypoints": POINTS, "masks": BOX_MASKS, "sized": True},
         {"task": "panoptic", "masks": BOX_MASKS, "panoptic": STUFF},
         {"task": "semantic"},
+        {"task": "densepose", "densepose": DensePoseRule()},
+        {"task": "densepose", "densepose": DensePoseRule(num_coarse=15), "masks": BOX_MASKS, "keypoints": POINTS},
         {"size_multiple": 32},
         {"resize": ResizeRule(kind="shortest_edge", min_size=50, max_size=90, pad=None)},
     ],
@@ -47,6 +49,10 @@ def test_a_spec_that_makes_sense_is_taken(fields: dict[str, Any]) -> None:
         ({"task": "segment"}, "'segment' without a rule for masks"),
         ({"task": "keypoints", "masks": BOX_MASKS}, "'keypoints' without a rule for keypoints"),
         ({"task": "panoptic", "masks": BOX_MASKS}, "'panoptic' without a rule for panoptic"),
+        ({"task": "densepose"}, "'densepose' without a rule for densepose"),
+        ({"task": "densepose", "densepose": DensePoseRule(num_parts=256)}, "num_parts 256, num_coarse 2"),
+        ({"task": "densepose", "densepose": DensePoseRule(num_coarse=1)}, "num_coarse 1"),
+        ({"task": "densepose", "densepose": DensePoseRule(up_scale=0)}, "up_scale 0"),
         ({"masks": BOX_MASKS, "keypoints": POINTS}, "'detect' with a rule for keypoints, masks"),
         ({"task": "semantic", "panoptic": STUFF}, "'semantic' with a rule for panoptic"),
         ({"size_multiple": 40}, "multiples of size_multiple 40"),
@@ -129,6 +135,13 @@ def test_a_gap_in_the_features_is_refused() -> None:
 def test_a_method_that_does_not_fit_the_spec_is_refused(name: str, output: object, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         check_method(name, output, torch.zeros(2, 5, 4), PAIRS, PATH)
+
+
+def test_the_maps_of_densepose_have_as_many_channels_as_its_rule_says() -> None:
+    spec = spec_of(task="densepose", densepose=DensePoseRule(num_parts=4, num_coarse=3))
+    check_method("densepose", torch.zeros(2, 5, 18, 8, 8), torch.zeros(2, 5, 4), spec, PATH)
+    with pytest.raises(ModelError, match=r"densepose gives \[2, 5, 17, 8, 8\].*want \[2,5,18,S,S\]"):
+        check_method("densepose", torch.zeros(2, 5, 17, 8, 8), torch.zeros(2, 5, 4), spec, PATH)
 
 
 def test_a_method_that_fits_the_spec_is_taken() -> None:

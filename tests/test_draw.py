@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from streamd.charts import pack
 from streamd.draw import VideoWriter, annotate, caption, contact_sheet, save_jpeg, save_png, to_rgb
-from streamd.errors import OutputError
+from streamd.errors import OutputError, WireError
 from streamd.messages import Picture
-from streamd.wire import DetectedObject, DetectionsMessage, Mask, Milliseconds, ModelName, Segment
+from streamd.wire import DetectedObject, DetectionsMessage, Mask, Milliseconds, ModelName, Segment, SurfaceChart
 from tests.wire_samples import rle
 
 HEIGHT, WIDTH = 120, 160
@@ -187,6 +188,37 @@ def test_points_of_an_unknown_kind_are_drawn_without_limbs() -> None:
     found = msgspec.structs.replace(person((60, 15, 100, 112)), keypoints=((70.0, 40.0, 0.9), (90.0, 90.0, 0.9)))
     changed = (annotate(GREY, make_message(found)) != annotate(GREY, make_message(person((60, 15, 100, 112))))).any(-1)
     assert changed[40, 70] and changed[90, 90] and not changed[65, 80]
+
+
+def dancer(box: tuple[int, int, int, int]) -> DetectedObject:
+    """Make an object whose chart has part 1 above, part 2 below, and background on the right."""
+    planes = np.zeros((3, 4, 4), np.uint8)
+    planes[0, :2, :3], planes[0, 2:, :3] = 1, 2
+    x, y, width, height = box
+    chart = SurfaceChart(box=box, size=(4, 4), data=pack(planes))
+    return msgspec.structs.replace(person((x, y, x + width, y + height)), densepose=chart)
+
+
+def test_the_parts_of_a_chart_have_colours_of_their_own_and_its_background_none() -> None:
+    drawn = annotate(GREY, make_message(dancer((40, 20, 80, 80))))
+    above, below, beside = drawn[45:55, 50:90], drawn[65:90, 50:90], drawn[45:90, 105:115]
+    for part in (above, below):
+        assert (part != GREY[0, 0]).any(-1).all() and (part == part[0, 0]).all()
+    assert (above[0, 0] != below[0, 0]).any()
+    assert (beside == GREY[0, 0]).all()
+
+
+def test_a_chart_that_reaches_out_of_the_picture_is_cut() -> None:
+    drawn = annotate(GREY, make_message(dancer((-40, -40, 80, 80)), dancer((WIDTH + 9, 5, 20, 20))))
+    assert (drawn[10:30, 0:15] != GREY[0, 0]).any(-1).all()
+
+
+def test_a_damaged_chart_is_a_wire_error() -> None:
+    found = dancer((40, 20, 80, 80))
+    assert found.densepose is not None
+    chart = msgspec.structs.replace(found.densepose, size=(4, 5))
+    with pytest.raises(WireError, match="damaged chart"):
+        annotate(GREY, make_message(msgspec.structs.replace(found, densepose=chart)))
 
 
 def segment(pixels: np.ndarray, label: str, thing: bool) -> Segment:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torchvision.models import get_model
 from typer.testing import CliRunner
 
 from streamd.cli import app
@@ -45,6 +47,20 @@ def test_an_input_size_that_is_none_is_an_error_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_input_size_for_a_vitdet_is_refused_and_says_what_to_change(tmp_path: Path) -> None:
+    files = ("--config", tmp_path / "vitdet.json", "--weights", tmp_path / "model.pkl")
+    with pytest.raises(ConfigError, match=r"cannot be given for a ViTDet.*change square_pad there"):
+        run("detectron2", *files, "--input-size", "96x128", "-o", tmp_path / "model.pt")
+
+
+def test_an_input_size_for_a_network_of_one_size_is_refused(tmp_path: Path) -> None:
+    name = "ssdlite320_mobilenet_v3_large"
+    torch.save(get_model(name, weights=None, weights_backbone=None).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=rf"cannot be given for {name}: it is built for 320x320"):
+        run("torchvision", name, "--weights", tmp_path / "w.pth", "--input-size", "640x640", "-o", tmp_path / "m.pt")
+    assert not (tmp_path / "m.pt").exists()
+
+
 def test_a_missing_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such file"):
         run("yolox", tmp_path / "nothing.pth", "-o", tmp_path / "model.pt")
@@ -69,4 +85,7 @@ def test_the_list_of_models_names_what_can_be_had_and_what_is_here(
     models = {model.name: model for model in known_models()}
     assert models["yolox_s"].published == "box 40.5"
     assert models["maskrcnn_resnet50_fpn_v2"].task == "segment"
+    assert (models["deeplabv3_resnet50"].task, models["deeplabv3_resnet50"].published) == ("semantic", "mIoU 66.4")
+    assert models["panoptic_fpn"].how == "streamd import detectron2"
+    assert models["rt_detr_v2"].how == "streamd import hf"
     assert models["untrained"].how == str(tmp_path / "mine.pt")

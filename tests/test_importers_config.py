@@ -9,7 +9,7 @@ import yaml
 
 from streamd.errors import ModelError
 from streamd.models import coco
-from streamd.models.importers.config import anchor_grid, base_spec, read
+from streamd.models.importers.config import MAX_DETECTIONS, anchor_grid, base_spec, max_detections, read
 from streamd.models.importers.datasets import CITYSCAPES, labels_of
 from streamd.models.importers.defaults import DEFAULTS
 from streamd.models.spec import ResizeRule
@@ -30,7 +30,8 @@ def keys_of(tree: dict[str, object], place: str = "") -> set[str]:
 
 def test_the_defaults_are_keys_and_types_that_detectron2_writes_out(shared: Path) -> None:
     full = yaml.safe_load((shared / "parity/faster_rcnn_R_50_FPN/config.yaml").read_text())
-    own = {key for key in keys_of(DEFAULTS) if not key.startswith("MODEL.REGNETS.")}
+    others = ("MODEL.REGNETS.", "MODEL.DENSEPOSE_ON", "MODEL.ROI_DENSEPOSE_HEAD.")  # not of Detectron2 itself
+    own = {key for key in keys_of(DEFAULTS) if not key.startswith(others)}
     assert own <= keys_of(full)
     assert read(shared / "parity/faster_rcnn_R_50_FPN/config.yaml")["MODEL"]["RESNETS"]["WIDTH_PER_GROUP"] == 16
 
@@ -69,6 +70,14 @@ MODEL:
     assert config["MODEL"]["PIXEL_STD"] == [1, 2, 3]
     assert config["MODEL"]["RPN"]["CONV_DIMS"] == [-1, -1]
     assert isinstance(config["MODEL"]["RPN"]["NMS_THRESH"], float)
+
+
+def test_a_negative_number_of_detections_sets_no_limit_but_the_one_that_fixed_shapes_need(tmp_path: Path) -> None:
+    numbers = {number: read(written(tmp_path, f"TEST: {{DETECTIONS_PER_IMAGE: {number}}}")) for number in (-1, 0, 7)}
+    assert max_detections(numbers[7]) == 7
+    assert max_detections(numbers[-1]) == MAX_DETECTIONS == 1000
+    with pytest.raises(ModelError, match="DETECTIONS_PER_IMAGE is 0"):
+        max_detections(numbers[0])
 
 
 def test_the_expression_of_detectron2s_own_retinanet_is_known(tmp_path: Path) -> None:
@@ -140,7 +149,7 @@ def test_the_input_is_the_longest_picture_rounded_up_to_what_the_pyramid_needs(t
     spec = base_spec(config, name="x", task="detect", num_classes=80, size_multiple=32)
     assert spec.input_size == (800, 1344)
     assert spec.size_multiple == 32
-    assert spec.resize == ResizeRule(kind="shortest_edge", min_size=800, max_size=1333, pad=None)
+    assert spec.resize == ResizeRule(kind="shortest_edge", min_size=800, max_size=1333, pad=None, antialias=True)
     assert (spec.colour, spec.mean, spec.std) == ("rgb", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0))
     assert spec.labels == coco.LABELS
 

@@ -17,7 +17,8 @@ from tests.conftest import ROOT
 FOLDERS = ("streamd", "models", "gpu", "configs", "systemd", "tests", "benchmarks")
 LINKED = ("models", "gpu", "configs", "systemd")
 STAGES = ("sources", "decode", "batch", "infer", "postprocess", "publish", "track")
-MAY_IMPORT_STAGES = ("pipeline", "lane", "runner", "daemon")
+# Evaluation takes a data set through the same stages.
+MAY_IMPORT_STAGES = ("pipeline", "lane", "runner", "daemon", "evaluation.routes", "evaluation.evaluate")
 MACHINE_PATH = re.compile(r"/(?:work|root|home/[a-z]+|Users/[a-z]+)/")
 IMAGES_AND_MODELS = {".mp4", ".png", ".jpg", ".gif", ".npz", ".pyc"}
 

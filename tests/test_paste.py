@@ -15,7 +15,7 @@ from pycocotools import mask as coco
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from streamd.gpu import ops, paste, reference
+from streamd.gpu import mask_reference, ops, paste
 from streamd.gpu.rle import EncodedMasks
 
 repeatable = settings(deadline=None, derandomize=True, max_examples=25)
@@ -80,7 +80,7 @@ def assert_prototypes_same(
     options = {"input_size": INPUT_SIZE, "threshold": 0.4, "capacity": ENOUGH, **options}
     basis = (prototypes.to(device), coefficients.to(device))
     ours = paste.encode_prototype_masks(*basis, *objects.to(device), **options)
-    twins = reference.encode_prototype_masks(
+    twins = mask_reference.encode_prototype_masks(
         prototypes, coefficients, objects.boxes, objects.valid, objects.placements, **options
     )
     assert_same(ours, twins)
@@ -90,7 +90,7 @@ def assert_prototypes_same(
 def assert_boxes_same(device: torch.device, masks: Tensor, objects: Objects, **options: Any) -> EncodedMasks:
     options = {"threshold": 0.5, "capacity": ENOUGH, **options}
     ours = paste.encode_box_masks(masks.to(device), *objects.to(device), **options)
-    twins = reference.encode_box_masks(masks, objects.boxes, objects.valid, objects.placements, **options)
+    twins = mask_reference.encode_box_masks(masks, objects.boxes, objects.valid, objects.placements, **options)
     assert_same(ours, twins)
     return twins
 
@@ -302,7 +302,7 @@ def test_masks_on_a_cpu_go_to_the_twin() -> None:
     prototypes, coefficients = random_prototypes(rng, objects, 2, (7, 6))
     options: dict[str, Any] = {"input_size": INPUT_SIZE, "threshold": 0.5, "capacity": ENOUGH}
     given = (prototypes, coefficients, objects.boxes, objects.valid, objects.placements)
-    assert_same(ops.encode_prototype_masks(*given, **options), reference.encode_prototype_masks(*given, **options))
+    assert_same(ops.encode_prototype_masks(*given, **options), mask_reference.encode_prototype_masks(*given, **options))
 
 
 class _NoWaiting(TorchDispatchMode):

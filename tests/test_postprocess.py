@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco
 from torch import Tensor
 
-from streamd.gpu.reference import paste_prototypes
+from streamd.gpu.mask_reference import paste_prototypes
 from streamd.messages import Batch, Detections, Frame, Picture, RawOutput, Rle, Stamp
 from streamd.models.contract import pack
-from streamd.models.spec import KeypointRule, MaskRule, ModelSpec, NmsRule, PanopticRule, ResizeRule
+from streamd.models.spec import DensePoseRule, KeypointRule, MaskRule, ModelSpec, NmsRule, PanopticRule, ResizeRule
 from streamd.postprocess import place, postprocess
 from streamd.wire import Mask
 
@@ -232,6 +232,9 @@ def pixels_of(mask: Rle) -> np.ndarray:
     return Mask(size=(mask.height, mask.width), counts=mask.counts.decode()).decode()
 
 
+SURFACE = DensePoseRule(num_parts=2)
+
+
 class FakeHeads:
     """Give each box a mask of its label's half, and heat maps that are best in two corners; note what they get."""
 
@@ -250,6 +253,15 @@ class FakeHeads:
         self.boxes.append(boxes)
         maps = torch.zeros(*boxes.shape[:2], 2, 8, 8)
         maps[..., 0, 0, 0] = maps[..., 1, 7, 7] = 9.0
+        return maps
+
+    def densepose(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
+        self.boxes.append(boxes)
+        maps = torch.zeros(*boxes.shape[:2], SURFACE.num_channels, 8, 8)
+        maps[..., 1, :, :] = 9.0  # all of it is a body, its upper half part 1, its lower half part 2
+        maps[..., 3, :4, :] = maps[..., 4, 4:, :] = 5.0
+        maps[..., 6, :, :] = 0.25  # U of part 1
+        maps[..., 7, :, :], maps[..., 10, :, :] = 0.5, 2.0  # U and V of part 2
         return maps
 
 
@@ -289,6 +301,32 @@ def test_masks_over_boxes_and_keypoints_come_back_in_source_pixels() -> None:
     np.testing.assert_allclose(found.keypoints[..., :2], [[[28, 4], [40, 12]], [[8, 2], [16, 10]]], atol=1.5)
     assert len(nothing) == 0 and nothing.masks == () and nothing.keypoints is not None
     assert nothing.keypoints.shape == (0, 2, 3)
+
+
+def test_charts_come_back_for_each_object_in_whole_source_pixels() -> None:
+    batch = batch_of((48, 16), (48, 16))
+    spec = msgspec.structs.replace(SPEC, task="densepose", densepose=SURFACE)
+    found, nothing = postprocess(two_objects(), batch, spec, RULE, heads=FakeHeads())
+    assert found.charts is not None and nothing.charts == ()
+    assert [chart.box for chart in found.charts] == [(28, 4, 12, 8), (8, 2, 8, 8)]
+    for chart in found.charts:
+        assert chart.planes.shape == (3, chart.box[3], chart.box[2]) and chart.planes.dtype == np.uint8
+        assert (chart.planes[:, :4] == np.array([1, 64, 0])[:, None, None]).all()
+        assert (chart.planes[:, 4:] == np.array([2, 128, 255])[:, None, None]).all()
+
+
+def test_charts_go_to_their_own_frames_though_some_frames_have_none() -> None:
+    raw = two_objects()
+    boxes = raw.boxes[[1, 0, 1, 0]].clone()
+    boxes[3, 0] += 8
+    labels = torch.tensor([[0, 0], [0, 1]] * 2)
+    raw = replace(raw, boxes=boxes, scores=raw.scores[[1, 0, 1, 0]], labels=labels)
+    spec = msgspec.structs.replace(SPEC, task="densepose", densepose=SURFACE)
+    results = postprocess(raw, batch_of(*[(48, 16)] * 4), spec, RULE, heads=FakeHeads())
+    for found, count in zip(results, (0, 2, 0, 2), strict=True):
+        assert found.charts is not None and len(found.charts) == len(found) == count
+        for chart, (x1, y1, x2, y2) in zip(found.charts, found.boxes.tolist(), strict=True):
+            assert chart.box == (x1, y1, x2 - x1, y2 - y1)
 
 
 def test_the_methods_are_not_called_where_no_frame_has_an_object() -> None:

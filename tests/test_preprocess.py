@@ -106,9 +106,12 @@ def filled(
     return out.cpu()
 
 
+@pytest.mark.parametrize("antialias", [False, True])
 @repeatable
 @given(seed=st.integers(0, 2**32 - 1))
-def test_pictures_of_any_layout_size_and_place_come_out_as_the_twin_makes_them(device: torch.device, seed: int) -> None:
+def test_pictures_of_any_layout_size_and_place_come_out_as_the_twin_makes_them(
+    device: torch.device, antialias: bool, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     size = (int(rng.integers(1, 70)), int(rng.integers(1, 200)))
     pictures = [
@@ -116,7 +119,7 @@ def test_pictures_of_any_layout_size_and_place_come_out_as_the_twin_makes_them(d
             rng,
             device,
             LAYOUTS[rng.integers(3)],
-            (int(rng.integers(1, 30)), int(rng.integers(1, 30))),
+            (int(rng.integers(1, 90)), int(rng.integers(1, 90))),
             chroma=(int(rng.integers(1, 30)), int(rng.integers(1, 30))) if rng.integers(2) else None,
             pad_bytes=int(rng.integers(4)),
             rotation=ROTATIONS[rng.integers(4)],
@@ -129,6 +132,7 @@ def test_pictures_of_any_layout_size_and_place_come_out_as_the_twin_makes_them(d
         "mean": (1.0, 20.0, 300.0),
         "std": (2.0, -0.5, 50.0),
         "pad": (114.0, 114.0, 114.0),
+        "antialias": antialias,
     }
 
     result = filled(pictures, letterboxes, size, **options)
@@ -141,40 +145,48 @@ def test_pictures_of_any_layout_size_and_place_come_out_as_the_twin_makes_them(d
 
 @pytest.mark.parametrize("anchor", ["top_left", "center"])
 @pytest.mark.parametrize("source", [(1080, 1920), (719, 1281)])
+@pytest.mark.parametrize("antialias", [False, True])
 def test_camera_pictures_come_out_as_the_twin_makes_them(
-    device: torch.device, source: tuple[int, int], anchor: Literal["top_left", "center"]
+    device: torch.device, antialias: bool, source: tuple[int, int], anchor: Literal["top_left", "center"]
 ) -> None:
     spec = ModelSpec(
         name="any", task="detect", labels=("a",), input_size=(352, 416), colour="rgb", resize=ResizeRule(anchor=anchor)
     )
     picture = random_picture(np.random.default_rng(1), device, "nv12", source, pad_bytes=64)
     letterbox = spec.letterbox(source[1], source[0])
-    result = filled([picture], [letterbox], spec.input_size, **PLAIN)
-    difference = result - expected_of([picture], [letterbox], spec.input_size, **PLAIN)
+    options = {**PLAIN, "antialias": antialias}
+    result = filled([picture], [letterbox], spec.input_size, **options)
+    difference = result - expected_of([picture], [letterbox], spec.input_size, **options)
     assert difference.abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("width", [36, 37])
 @pytest.mark.parametrize("memory_format", MEMORY_FORMATS)
+@pytest.mark.parametrize("antialias", [False, True])
 def test_half_precision_is_single_precision_rounded_once(
-    device: torch.device, width: int, memory_format: torch.memory_format
+    device: torch.device, antialias: bool, width: int, memory_format: torch.memory_format
 ) -> None:
     rng = np.random.default_rng(2)
     pictures = [random_picture(rng, device, layout, (30, 50)) for layout in LAYOUTS]
     letterboxes = [random_letterbox(rng, 20, width) for _ in pictures]
-    single = filled(pictures, letterboxes, (20, width), **IMAGENET)
-    half = filled(pictures, letterboxes, (20, width), torch.float16, memory_format, **IMAGENET)
+    options = {**IMAGENET, "antialias": antialias}
+    single = filled(pictures, letterboxes, (20, width), **options)
+    half = filled(pictures, letterboxes, (20, width), torch.float16, memory_format, **options)
     assert torch.equal(half, single.half())
 
 
 @pytest.mark.parametrize("width", [36, 37])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_channels_last_holds_what_contiguous_holds(device: torch.device, width: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("antialias", [False, True])
+def test_channels_last_holds_what_contiguous_holds(
+    device: torch.device, antialias: bool, width: int, dtype: torch.dtype
+) -> None:
     rng = np.random.default_rng(3)
     pictures = [random_picture(rng, device, layout, (30, 50)) for layout in LAYOUTS]
     letterboxes = [random_letterbox(rng, 20, width) for _ in pictures]
     planar, interleaved = (
-        filled(pictures, letterboxes, (20, width), dtype, memory_format, **IMAGENET) for memory_format in MEMORY_FORMATS
+        filled(pictures, letterboxes, (20, width), dtype, memory_format, antialias=antialias, **IMAGENET)
+        for memory_format in MEMORY_FORMATS
     )
     assert torch.equal(planar, interleaved)
 
@@ -205,14 +217,16 @@ def test_a_picture_at_its_own_size_is_copied(device: torch.device) -> None:
     torch.testing.assert_close(result[0], picture.planes[0].cpu().permute(2, 0, 1).float(), rtol=0, atol=1e-4)
 
 
-def test_chroma_pairs_give_the_same_bits_aligned_or_not(device: torch.device) -> None:
+@pytest.mark.parametrize("antialias", [False, True])
+def test_chroma_pairs_give_the_same_bits_aligned_or_not(device: torch.device, antialias: bool) -> None:
     rng = np.random.default_rng(7)
     aligned = random_picture(rng, device, "nv12", (24, 40))
     luma, chroma = aligned.planes
     memory = torch.zeros(12, 43, dtype=torch.uint8, device=device)
     memory[:, 1:41] = chroma.flatten(1)
     shifted = Picture((luma, memory[:, 1:41].unflatten(1, (20, 2))), "nv12", aligned.matrix, aligned.full_range, 0)
-    assert torch.equal(*(filled([picture], [whole(15, 33)], (15, 33), **PLAIN) for picture in (aligned, shifted)))
+    options = {**PLAIN, "antialias": antialias}
+    assert torch.equal(*(filled([picture], [whole(15, 33)], (15, 33), **options) for picture in (aligned, shifted)))
 
 
 def between_forbidden_pages(plane: Tensor, at_end: bool) -> Tensor:
@@ -230,14 +244,18 @@ def between_forbidden_pages(plane: Tensor, at_end: bool) -> Tensor:
 
 @pytest.mark.parametrize("at_end", [False, True], ids=["start", "end"])
 @pytest.mark.parametrize("source", [(1, 1), (1, 2), (2, 1), (13, 22)])
-def test_no_byte_outside_a_plane_is_read(device: torch.device, source: tuple[int, int], at_end: bool) -> None:
+@pytest.mark.parametrize("antialias", [False, True])
+def test_no_byte_outside_a_plane_is_read(
+    device: torch.device, antialias: bool, source: tuple[int, int], at_end: bool
+) -> None:
     if device.type == "cuda":
         pytest.skip("needs the CPU's page protection; compute-sanitizer looks for this on a GPU")
     for layout, rotation, size in product(LAYOUTS, ROTATIONS, [(5, 7), (40, 60)]):
         loose = random_picture(np.random.default_rng(8), device, layout, source, rotation=rotation)
         planes = tuple(between_forbidden_pages(plane, at_end) for plane in loose.planes)
         tight = Picture(planes, layout, loose.matrix, loose.full_range, rotation)
-        assert torch.equal(*(filled([picture], [whole(*size)], size, **PLAIN) for picture in (loose, tight)))
+        options = {**PLAIN, "antialias": antialias}
+        assert torch.equal(*(filled([picture], [whole(*size)], size, **options) for picture in (loose, tight)))
 
 
 def test_an_empty_batch_is_left_alone(device: torch.device) -> None:
@@ -248,9 +266,11 @@ class Launches:
     """Stands for the compiled module: keeps the grids of its launches and runs nothing."""
 
     def __init__(self) -> None:
+        self.functions: list[str] = []
         self.grids: list[cuda.Extent] = []
 
     def launch(self, function: str, grid: cuda.Extent, block: cuda.Extent, *arguments: Tensor | np.generic) -> None:
+        self.functions.append(function)
         self.grids.append(grid)
 
 
@@ -261,6 +281,15 @@ def test_a_batch_of_different_pictures_is_one_launch(monkeypatch: pytest.MonkeyP
     pictures = [random_picture(rng, host, layout, (8 + i, 6)) for i, layout in enumerate(LAYOUTS)]
     preprocess(pictures, [whole(33, 129)] * 3, torch.empty(3, 3, 33, 129), **PLAIN)
     assert launches.grids == [(2, 2, 3)]  # a block fills 128 x 32 pixels
+
+
+def test_windows_are_read_only_where_a_picture_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = Launches()
+    monkeypatch.setattr(cuda, "load", lambda name, device: launches)
+    pictures = [random_picture(np.random.default_rng(10), torch.device("cpu"), "nv12", (16, 16)) for _ in range(2)]
+    for height in (16, 15):
+        preprocess(pictures, [whole(16, 20), whole(height, 20)], torch.empty(2, 3, 16, 20), antialias=True, **PLAIN)
+    assert launches.functions == ["preprocess_float32", "preprocess_float32_antialias"]
 
 
 def test_calls_queued_behind_a_busy_stream_keep_their_own_pictures(device: torch.device) -> None:

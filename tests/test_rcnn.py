@@ -46,6 +46,14 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
             "ROI_BOX_HEAD": {"CLS_AGNOSTIC_BBOX_REG": True, "NUM_CONV": 1, "CONV_DIM": 32, "NORM": "GN"},
         },
     ),
+    "cascade_of_one": (
+        PYRAMID,
+        {
+            "ROI_HEADS": {"NAME": "CascadeROIHeads"},
+            "ROI_BOX_HEAD": {"CLS_AGNOSTIC_BBOX_REG": True},
+            "ROI_BOX_CASCADE_HEAD": {"BBOX_REG_WEIGHTS": [[10.0, 10.0, 5.0, 5.0]], "IOUS": [0.5]},
+        },
+    ),
     "mask_c4": ({"MASK_ON": True},),
     "mask_dc5": (
         {
@@ -331,7 +339,8 @@ def test_a_spec_and_its_network_are_those_that_the_importer_gives(shared: Path) 
     folder = shared / "parity" / FAMILIES[1]
     network, spec = detectron2.load(folder / "config.yaml", folder / "model_final.pkl")
     assert isinstance(network, Rcnn)
+    assert spec.blueprint is not None and spec.blueprint.kind == "detectron2"
     assert (
-        msgspec.structs.replace(spec, weights_sha256="")
+        msgspec.structs.replace(spec, weights_sha256="", blueprint=None)
         == rcnn.build(detectron2_config.read(folder / "config.yaml"))[1]
     )

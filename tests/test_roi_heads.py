@@ -213,6 +213,10 @@ def test_half_precision_weights_still_give_boxes_and_scores_in_single_precision(
             "box_predictor.1.cls_score box_predictor.1.bbox_pred",
         ),
         (
+            replace(CONFIG, box=replace(CONFIG.box, num_fcs=1, class_agnostic=True), cascade=True),
+            "box_head.0.fc1 box_predictor.0.cls_score box_predictor.0.bbox_pred",
+        ),
+        (
             replace(
                 CONFIG,
                 mask=MaskHeadConfig(num_convs=2, conv_dim=32, norm="GN"),
@@ -228,6 +232,19 @@ def test_half_precision_weights_still_give_boxes_and_scores_in_single_precision(
 def test_parameters_are_named_as_in_detectron2(config: RoiHeadsConfig, names: str) -> None:
     found = dict.fromkeys(name.rpartition(".")[0] for name in make_roi_heads(PYRAMID, config).state_dict())
     assert sorted(found) == sorted(names.split())
+
+
+@torch.inference_mode()
+def test_a_cascade_of_one_stage_finds_what_its_stage_does_alone() -> None:
+    config = replace(CONFIG, box=replace(CONFIG.box, class_agnostic=True))
+    cascade, plain = make(replace(config, cascade=True)), make(config)
+    state = {
+        name.replace("box_head.0", "box_head").replace("predictor.0", "predictor"): value
+        for name, value in cascade.state_dict().items()
+    }
+    plain.load_state_dict(state)
+    expected = plain(random_features(), random_proposals(), SIZES)
+    torch.testing.assert_close(cascade(random_features(), random_proposals(), SIZES), expected)
 
 
 def test_a_box_head_without_layers_reads_what_is_pooled() -> None:
@@ -251,6 +268,8 @@ def test_every_parameter_gets_a_gradient() -> None:
 def test_a_cascade_of_boxes_by_class_is_refused() -> None:
     with pytest.raises(ValueError, match="class-agnostic"):
         replace(CONFIG, box_weights=CASCADE)
+    with pytest.raises(ValueError, match="class-agnostic"):
+        replace(CONFIG, cascade=True)
 
 
 def test_res5_on_several_levels_is_refused() -> None:

@@ -85,6 +85,18 @@ def test_missing_proposals_are_zero_boxes_at_the_end_that_are_not_valid() -> Non
 
 
 @torch.inference_mode()
+def test_proposals_come_with_the_logits_by_which_they_are_ranked() -> None:
+    made = generator()
+    features, images = random_features()
+    proposals, ranked = made.propose(features, images, SIZES)
+    logits, _ = made.rpn_head([features[name] for name in CONFIG.in_features])
+    known = torch.cat([level.flatten() for level in logits])
+    for own, valid in zip(ranked, proposals.valid, strict=True):
+        assert (own[valid].diff() <= 0).all() and (own[~valid] == -torch.inf).all()
+        assert torch.isin(own[valid], known).all()
+
+
+@torch.inference_mode()
 def test_there_are_no_more_rows_than_candidates() -> None:
     features, images = random_features()
     proposals = generator(replace(CONFIG, pre_nms_top_k=1000, post_nms_top_k=2000))(features, images, SIZES)

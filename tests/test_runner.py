@@ -14,7 +14,7 @@ from torch import nn
 
 from streamd.errors import ModelError
 from streamd.infer import Model
-from streamd.messages import Detections, Frame
+from streamd.messages import Detections, Frame, RawOutput
 from streamd.models import artifact
 from streamd.models.spec import ModelSpec, NmsRule
 from streamd.runner import Runner, assemble
@@ -119,7 +119,7 @@ def test_a_batch_that_fails_gives_its_slot_back(model: Model, frames: Sequence[F
         def __init__(self) -> None:
             self.device, self.dtype, self.spec = model.device, model.dtype, model.spec
 
-        def run(self, images: torch.Tensor, sizes: torch.Tensor) -> None:  # type: ignore[override]
+        def run(self, images: torch.Tensor, sizes: torch.Tensor) -> RawOutput:
             raise ModelError("forward failed")
 
     runner = Runner(Failing(), RULE, 1)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamd.models.spec import KeypointRule, MaskRule, ModelSpec, PanopticRule, ResizeRule, just_above
+from streamd.models.spec import DensePoseRule, KeypointRule, MaskRule, ModelSpec, PanopticRule, ResizeRule, just_above
 
 SPEC = ModelSpec(
     name="rcnn",
@@ -82,6 +82,8 @@ def test_a_spec_names_the_channels_of_semantic_and_the_methods() -> None:
     assert panoptic.semantic_labels == ("things", "sky")
     assert panoptic.methods == ("masks", "keypoints")
     assert msgspec.structs.replace(SPEC, masks=MaskRule(kind="prototype")).methods == ()
+    densepose = msgspec.structs.replace(SPEC, task="densepose", densepose=DensePoseRule(num_parts=3))
+    assert densepose.methods == ("densepose",) and DensePoseRule(num_parts=3).num_channels == 2 + 3 * 4
 
 
 def test_a_spec_is_read_as_it_was_written() -> None:

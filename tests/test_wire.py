@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ import streamd.announce
 import streamd.wire
 from streamd.announce import detections_message, status_message
 from streamd.errors import WireError
-from streamd.messages import Result, Segment, StreamState
+from streamd.messages import Chart, Result, Segment, StreamState
 from streamd.wire import (
     Format,
     Kind,
@@ -31,7 +33,7 @@ from streamd.wire import (
     stream_key,
     topic,
 )
-from tests.wire_samples import CAPTURED_AT, LABELS, disc, make_message, make_result, make_status, rle
+from tests.wire_samples import CAPTURED_AT, LABELS, body, disc, make_message, make_result, make_status, rle
 
 pytestmark = pytest.mark.filterwarnings("ignore:OpenCV .* is not installed")  # supervision's first import
 
@@ -274,6 +276,45 @@ def test_a_segment_of_another_size_than_the_frame_is_a_wire_error() -> None:
     message = detections_message(panoptic_result(), 0, LABELS, "", ("things", "grass", "sky"))
     with pytest.raises(WireError, match=r"\(8, 9\) pixels in a frame of \(8, 10\)"):
         msgspec.structs.replace(message, width=10).segment_map()
+
+
+def surface_result() -> Result:
+    """Make a frame with one object, whose chart is of 8 x 5 cells over 80 x 50 pixels."""
+    result = make_result(num_objects=1)
+    chart = Chart((1, 2, 50, 80), body(8, 5))
+    return replace(result, detections=replace(result.detections, charts=(chart,)))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_chart_comes_back_as_parts_and_coordinates(format: Format) -> None:
+    message = detections_message(surface_result(), 0, LABELS, "")
+    read = decode(encode(message, format), "detections")
+    assert read == message
+    chart = read.objects[0].densepose
+    assert chart is not None and (chart.box, chart.size) == ((1, 2, 50, 80), (8, 5))
+    part, coordinates = chart.decode()
+    np.testing.assert_array_equal(part, body(8, 5)[0])
+    np.testing.assert_allclose(coordinates, body(8, 5)[1:] / 255, atol=1e-6)
+    assert part.dtype == np.uint8 and coordinates.dtype == np.float32
+
+
+def test_a_chart_reads_as_the_documentation_says() -> None:
+    (found,) = json.loads(encode(detections_message(surface_result(), 0, LABELS, "")))["objects"]
+    chart = found["densepose"]
+    assert set(chart) == {"box", "size", "data"}
+    # The documentation's own words, with nothing of streamd.
+    rows = np.frombuffer(zlib.decompress(base64.b64decode(chart["data"])), np.uint8).reshape(3, *chart["size"])
+    np.testing.assert_array_equal(rows.cumsum(1, dtype=np.uint8), body(8, 5))
+
+
+def test_a_chart_of_a_hostile_size_is_a_wire_error_and_the_message_is_read_all_the_same() -> None:
+    sent = detections_message(surface_result(), 0, LABELS, "")
+    content = json.loads(encode(sent))
+    content["objects"][0]["densepose"]["size"] = [1 << 30, 1 << 30]
+    read = decode(json.dumps(content).encode(), "detections")
+    assert read.objects[0].box == sent.objects[0].box and read.objects[0].densepose is not None
+    with pytest.raises(WireError, match="size is 1073741824 x 1073741824 cells"):
+        read.objects[0].densepose.decode()
 
 
 def test_a_frame_that_nothing_covers_has_segments_all_the_same() -> None:

@@ -21,6 +21,23 @@ def disc(height: int, width: int, radius: int) -> np.ndarray:
     return (y - height // 2) ** 2 + (x - width // 2) ** 2 <= radius**2
 
 
+def body(height: int, width: int, num_parts: int = 24) -> np.ndarray:
+    """Make a chart as plausible as can be without a network: parts that meet in a body, smooth U and V on each."""
+    random = np.random.default_rng(0)
+    y, x = (np.mgrid[:height, :width] + 0.5) / np.array([height, width])[:, None, None]
+    middles = random.random((num_parts, 2))
+    part = ((y[..., None] - middles[:, 0]) ** 2 * 2 + (x[..., None] - middles[:, 1]) ** 2).argmin(-1) + 1
+    limbs = 0.15 * np.sin(9 * np.arctan2(y - 0.5, x - 0.5))
+    part *= ((x - 0.5) / 0.42) ** 2 + ((y - 0.5) / 0.48) ** 2 + limbs < 1
+    turn = random.random(num_parts + 1)[part] * 2 * np.pi
+    across, down = x - middles[part - 1, 1], y - middles[part - 1, 0]
+    u = 0.5 + 2.2 * (np.cos(turn) * across + np.sin(turn) * down) + across * down
+    v = 0.5 + 2.2 * (np.cos(turn) * down - np.sin(turn) * across) + across**2
+    coordinates = np.stack((u, v)) + 0.002 * random.standard_normal((2, height, width))
+    planes = np.concatenate((part[None], (coordinates.clip(0, 1) * 255).round() * (part > 0)))
+    return planes.astype(np.uint8)
+
+
 def rle(pixels: np.ndarray) -> Rle:
     counts = coco.encode(np.asfortranarray(pixels, dtype=np.uint8))["counts"]
     return Rle(height=pixels.shape[0], width=pixels.shape[1], counts=counts)

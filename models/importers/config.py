@@ -19,6 +19,7 @@ from streamd.models.spec import ModelSpec, ResizeRule, Task
 
 Config = dict[str, Any]  # as Detectron2's CfgNode: maps of maps of numbers, words and lists
 
+MAX_DETECTIONS = 1000  # of an image where the configuration sets no limit, since shapes must be fixed
 _BASE = "_BASE_"
 _MAX_CHARACTERS = 1_000_000  # a full configuration has 10 kB
 _MAX_VALUES = 100_000  # a few lines of aliases of aliases stand for billions of values
@@ -66,8 +67,16 @@ def base_spec(config: Config, *, name: str, task: Task, num_classes: int, size_m
         colour="bgr" if given["FORMAT"] == "BGR" else "rgb",
         mean=_per_colour(config, "PIXEL_MEAN"),
         std=_per_colour(config, "PIXEL_STD"),
-        resize=ResizeRule(kind="shortest_edge", min_size=min_size, max_size=max_size, pad=None),
+        resize=ResizeRule(kind="shortest_edge", min_size=min_size, max_size=max_size, pad=None, antialias=True),
     )
+
+
+def max_detections(config: Config) -> int:
+    """Read TEST.DETECTIONS_PER_IMAGE, of which a negative number sets no limit. Raises ModelError."""
+    given: int = config["TEST"]["DETECTIONS_PER_IMAGE"]
+    if given == 0:
+        raise ModelError("TEST.DETECTIONS_PER_IMAGE is 0, so that nothing would ever be found")
+    return given if given > 0 else MAX_DETECTIONS
 
 
 def anchor_grid(config: Config, strides: Sequence[int]) -> AnchorGrid:

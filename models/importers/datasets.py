@@ -32,6 +32,7 @@ PASCAL_VOC = (
 # By how Detectron2's names begin; the first that fits counts.
 LABELS: dict[str, tuple[str, ...]] = {
     "keypoints_coco": ("person",),
+    "densepose_coco": ("person",),
     "coco": coco.LABELS,
     "cityscapes_fine_instance": CITYSCAPES,
     "voc": PASCAL_VOC,

@@ -9,16 +9,17 @@ import msgspec
 from torch import nn
 
 from streamd.errors import ModelError
-from streamd.models import panoptic, rcnn, retinanet, semantic, vitdet
+from streamd.models import panoptic, proposal_network, rcnn, retinanet, semantic, vitdet
 from streamd.models.importers import checkpoint, config
 from streamd.models.importers.checkpoint import Checkpoint
 from streamd.models.importers.config import Config
-from streamd.models.spec import ModelSpec
+from streamd.models.spec import Blueprint, ModelSpec
 
 # By MODEL.META_ARCHITECTURE.
 FAMILIES: dict[str, Callable[[Config], tuple[nn.Module, ModelSpec]]] = {
     "GeneralizedRCNN": rcnn.build,
     "PanopticFPN": panoptic.build,
+    "ProposalNetwork": proposal_network.build,
     "RetinaNet": retinanet.build,
     "SemanticSegmentor": semantic.build,
 }
@@ -52,7 +53,8 @@ def load_vitdet(
     except ModelError as err:
         raise ModelError(f"{architecture_path} with {weights_path}: {err}") from err
     checkpoint.load(network, weights)
-    return network.eval(), _complete(spec, weights, labels)
+    described = Blueprint(kind="vitdet", numbers=msgspec.to_builtins(architecture))
+    return network.eval(), _complete(msgspec.structs.replace(spec, blueprint=described), weights, labels)
 
 
 def build(config_path: Path) -> tuple[nn.Module, ModelSpec]:
@@ -62,11 +64,12 @@ def build(config_path: Path) -> tuple[nn.Module, ModelSpec]:
     if family not in FAMILIES:
         raise ModelError(f"{config_path}: MODEL.META_ARCHITECTURE is {family!r}; streamd builds {', '.join(FAMILIES)}")
     try:
-        return FAMILIES[family](given)
+        network, spec = FAMILIES[family](given)
     except KeyError as err:
         raise ModelError(f"{config_path}: no network can be made of it: nothing in it is called {err}") from err
     except (ModelError, ValueError, TypeError, IndexError) as err:  # words and numbers that do not fit each other
         raise ModelError(f"{config_path}: no network can be made of it: {err}") from err
+    return network, msgspec.structs.replace(spec, blueprint=Blueprint(kind="detectron2", numbers=given))
 
 
 def _complete(spec: ModelSpec, weights: Checkpoint, labels: Sequence[str] | None) -> ModelSpec:

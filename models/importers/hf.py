@@ -14,6 +14,7 @@ from torch import nn
 
 from streamd.errors import ModelError
 from streamd.models.detr import Detr
+from streamd.models.misfits import list_names
 from streamd.models.spec import ModelSpec, NmsRule, ResizeRule, just_above
 
 FAMILIES = ("rt_detr", "rt_detr_v2", "d_fine", "rf_detr")  # the `model_type` of a config.json
@@ -30,8 +31,10 @@ def load(source: str, labels: Sequence[str] | None = None) -> tuple[Detr, ModelS
     network, processor, report, weights = _read(source)
     wrong = {what: sorted(map(str, keys)) for what, keys in report.items() if keys}
     if wrong:
-        few = "; ".join(f"{len(keys)} {what.replace('_', ' ')} ({', '.join(keys[:3])})" for what, keys in wrong.items())
-        raise ModelError(f"{source}: the weights do not fit the configuration: {few}")
+        listed = "; ".join(
+            f"{len(keys)} {what.replace('_', ' ')} ({', '.join(list_names(keys))})" for what, keys in wrong.items()
+        )
+        raise ModelError(f"{source}: the weights do not fit the configuration: {listed}")
     with weights.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return wrap(network, processor, name=Path(source).name, labels=labels, sha256=sha256)
@@ -83,7 +86,7 @@ def wrap(
         colour="rgb",
         mean=mean,
         std=std,
-        resize=ResizeRule(kind="stretch"),
+        resize=ResizeRule(kind="stretch", antialias=True),
         # No pair overlaps another one by more than all of it, so that each stays.
         nms=NmsRule(score_threshold=just_above(SCORE_THRESHOLD), iou_threshold=1.0, max_detections=config.num_queries),
         weights_sha256=sha256,

@@ -20,8 +20,9 @@ from streamd.models.importers.torchvision_layers import Theirs
 from streamd.models.importers.torchvision_networks import convert_fcos, convert_rcnn, convert_retinanet
 from streamd.models.keypoint_head import keypoint_names
 from streamd.models.layers import FrozenBatchNorm2d
+from streamd.models.misfits import list_names
 from streamd.models.roi_heads import RoiHeadsConfig
-from streamd.models.spec import KeypointRule, MaskRule, ModelSpec, NmsRule, ResizeRule, Task, just_above
+from streamd.models.spec import Blueprint, KeypointRule, MaskRule, ModelSpec, NmsRule, ResizeRule, Task, just_above
 from streamd.models.ssd import Ssd
 
 _OF_ROI_HEADS = ("roi_heads.box_predictor.cls_score.bias", 1)
@@ -79,6 +80,9 @@ def load(
         for module in network.modules():
             if isinstance(module, (FrozenBatchNorm2d, nn.BatchNorm2d)):
                 module.eps = 0.0
+        assert spec.blueprint is not None
+        numbers = {**spec.blueprint.numbers, "norm_eps": 0.0}
+        spec = msgspec.structs.replace(spec, blueprint=msgspec.structs.replace(spec.blueprint, numbers=numbers))
     spec = msgspec.structs.replace(
         spec,
         labels=_labels(name, len(spec.labels), labels),
@@ -100,6 +104,16 @@ def convert(theirs: Theirs, name: str) -> tuple[nn.Module, ModelSpec]:
 
     Labels are class_0, class_1, ... Raises ModelError.
     """
+    network, spec = _convert(theirs, name)
+    numbers: dict[str, object] = {"num_classes": len(spec.labels)}
+    if spec.keypoints:
+        numbers["num_keypoints"] = len(spec.keypoints.names)
+    return network, msgspec.structs.replace(
+        spec, blueprint=Blueprint(kind="torchvision", variant=name, numbers=numbers)
+    )
+
+
+def _convert(theirs: Theirs, name: str) -> tuple[nn.Module, ModelSpec]:
     if isinstance(theirs, FasterRCNN):
         rcnn = convert_rcnn(theirs)
         return rcnn, _describe_rcnn(rcnn.roi_heads.config, theirs, name)
@@ -201,8 +215,8 @@ def _fill(name: str, read: Checkpoint) -> Theirs:
         raise ModelError(f"{read.path}: not a checkpoint of torchvision's {name}: {err}") from err
     for what, keys in (("lacks", missing), ("has unknown", unknown)):
         if keys:
-            few = f"{', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
-            raise ModelError(f"{read.path}: not a checkpoint of torchvision's {name}: it {what} {len(keys)} ({few})")
+            listed = ", ".join(list_names(keys))
+            raise ModelError(f"{read.path}: not a checkpoint of torchvision's {name}: it {what} {len(keys)} ({listed})")
     return theirs
 
 

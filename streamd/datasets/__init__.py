@@ -1,0 +1,1 @@
+"""Read data sets of several formats, and find what is wrong with them."""
