@@ -22,6 +22,7 @@ from streamd.models.misfits import describe_misfits
 from streamd.models.spec import Blueprint, MaskRule, ModelSpec, ResizeRule
 from streamd.models.yolox import STRIDES, YOLOX
 
+SHIPPED = Path(__file__).parents[1] / "configs" / "models"  # of streamd, where `configs` is linked
 MASK_PREFIX = "masks."  # of the parameters that official checkpoints do not have
 RELEASE_URL = "https://github.com/Megvii-BaseDetection/YOLOX/releases/download/0.1.1rc0"
 
@@ -129,9 +130,12 @@ def _by_hand(release: Release, path: Path) -> str:
 
 
 def model_directories() -> list[Path]:
-    """List where models are looked for: $STREAMD_MODELS (several are separated by ':'), then the cache."""
+    """List where models are looked for: $STREAMD_MODELS (several are separated by ':'), the cache, and what is shipped.
+
+    The first is where one is published.
+    """
     named = [Path(part).expanduser() for part in os.environ.get("STREAMD_MODELS", "").split(":") if part]
-    return [*named, cache_directory()]
+    return [*named, cache_directory(), SHIPPED]
 
 
 def cache_directory() -> Path:

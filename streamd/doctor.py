@@ -196,13 +196,14 @@ def _redis() -> Iterator[Finding]:
 
 
 def _models() -> Iterator[Finding]:
-    from streamd.models.weights import RELEASES, cache_directory, model_directories
+    from streamd.models.weights import RELEASES, SHIPPED, cache_directory, model_directories
 
+    names = {cache_directory(): "model cache", SHIPPED: "shipped models"}
     for directory in model_directories():
-        name = "model cache" if directory == cache_directory() else "$STREAMD_MODELS"
+        name = names.get(directory, "$STREAMD_MODELS")
         found = sorted(path.name for path in directory.glob("*.pt*") if path.suffix in (".pt", ".pth"))
         state = ", ".join(found) or ("empty" if directory.is_dir() else "no such folder")
-        advice = f"`streamd demo` fetches yolox_nano; known are {', '.join(RELEASES)}"
+        advice = f"what a command names is fetched at its first use; known are {', '.join(RELEASES)}"
         yield Finding(name, bool(found), f"{directory}: {state}", advice)
 
 

@@ -381,6 +381,27 @@ def test_yolo_boxes_and_polygons_are_parts_of_the_sides(yolo_folder: Path) -> No
     assert only_problem(dataset)[0] == "missing mask"
 
 
+def test_yolo_boxes_are_read_as_supervision_reads_them(yolo_folder: Path) -> None:
+    import supervision as sv
+
+    labels = yolo_folder / "labels/train"
+    generator = np.random.default_rng(0)
+    for file in labels.glob("*.txt"):
+        centres, sides = generator.uniform(0.3, 0.7, (6, 2)), generator.uniform(0.05, 0.5, (6, 2))
+        rows = zip(generator.integers(0, 2, 6), centres, sides, strict=True)
+        file.write_text("".join(f"{label} {x:.6f} {y:.6f} {w:.6f} {h:.6f}\n" for label, (x, y), (w, h) in rows))
+    dataset = data.read(yolo_folder, split="train")
+    theirs = sv.DetectionDataset.from_yolo(
+        str(yolo_folder / "images/train"), str(labels), str(yolo_folder / "data.yaml")
+    )
+    found = {Path(path).name: detections for path, detections in theirs.annotations.items()}
+    assert len(dataset.records) > 0
+    for record in dataset.records:
+        expected = found[record.file.name]
+        np.testing.assert_allclose(record.objects.boxes, expected.xyxy, atol=1e-3)
+        np.testing.assert_array_equal(record.objects.labels, expected.class_id)
+
+
 def test_picture_of_yolo_without_a_text_file_has_no_objects(yolo_folder: Path) -> None:
     (yolo_folder / "labels/train/a.txt").write_text("1 0.5 0.5 0.25 0.2\n")
     dataset = data.read(yolo_folder / "data.yaml", split="train")

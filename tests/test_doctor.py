@@ -91,7 +91,7 @@ def test_models_are_listed_where_they_are_looked_for(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("XDG_CACHE_HOME", f"{tmp_path}/cache")
     findings = {finding.name: finding for finding in examine()}
     assert findings["$STREAMD_MODELS"].found == f"{tmp_path}/mine: gate.pt"
-    assert "no such folder" in findings["model cache"].found and "streamd demo" in findings["model cache"].advice
+    assert "no such folder" in findings["model cache"].found and "first use" in findings["model cache"].advice
 
 
 @pytest.mark.parametrize(("driver", "fits"), [("580.65.06", True), ("535.104.05", False)])

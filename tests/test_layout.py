@@ -20,7 +20,7 @@ STAGES = ("sources", "decode", "batch", "infer", "postprocess", "publish", "trac
 # Evaluation takes a data set through the same stages.
 MAY_IMPORT_STAGES = ("pipeline", "lane", "runner", "daemon", "evaluation.routes", "evaluation.evaluate")
 MACHINE_PATH = re.compile(r"/(?:work|root|home/[a-z]+|Users/[a-z]+)/")
-IMAGES_AND_MODELS = {".mp4", ".png", ".jpg", ".gif", ".npz", ".pyc"}
+IMAGES_AND_MODELS = {".pt", ".mp4", ".png", ".jpg", ".gif", ".npz", ".pyc"}
 
 
 def git(*arguments: str) -> str:

@@ -86,6 +86,7 @@ def _objects(
         is_crowd=np.array([one.is_crowd for one, _, _ in kept], bool),
         masks=_all_masks(picture, [mask for _, _, mask in kept], findings) if has_masks or picture.has_masks else None,
         keypoints=np.array(points, np.float32).reshape(num, len(keypoint_names), 3) if keypoint_names else None,
+        areas=np.array([one.area for one, _, _ in kept], np.float64),
     )
 
 

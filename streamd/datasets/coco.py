@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from streamd.errors import DataError
 Entry = Mapping[str, Any]
 
 _LISTS = ("images", "annotations", "categories")
+_MAX_AREA = 1e12  # px^2; beyond it a number is no area
 _NUM_PROBED = 50  # pictures whose names tell which folder is meant
 
 
@@ -161,8 +163,16 @@ def _object(
             bool(entry.get("iscrowd", 0)),
             entry.get("segmentation") or None,  # an empty list says that there is none
             keypoints=entry.get("keypoints"),
+            area=_area(entry.get("area")),
         )
     return None
+
+
+def _area(area: object) -> float:
+    """Return the annotated area, NaN where there is no sensible one."""
+    if isinstance(area, bool) or not isinstance(area, int | float) or not 0 < area < _MAX_AREA:
+        return math.nan
+    return float(area)
 
 
 def _corners(box: object) -> Sequence[object] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,7 @@ class DraftObject:
     segmentation: object = None  # as COCO writes it: polygons, run lengths in a list or in a string
     mask: Rle | None = None  # where the reader itself made it
     keypoints: object = None  # as COCO writes it: x y visibility, of all points in one list
+    area: float = math.nan  # px^2, where the annotations say
 
 
 @dataclass(frozen=True, slots=True, eq=False)

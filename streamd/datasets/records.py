@@ -26,6 +26,7 @@ class Objects:
     is_crowd: np.ndarray  # [N] bool: a region of many objects, which is neither an object nor background
     masks: tuple[Rle, ...] | None = None  # None: nobody drew masks in this picture
     keypoints: np.ndarray | None = None  # [N,J,3] float32 x, y in picture pixels, visibility 0 unmarked, 1 hidden, 2
+    areas: np.ndarray | None = None  # [N] float64 px^2 as annotated, by which COCO measures; NaN: not said
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -115,7 +116,10 @@ def _truth(record: Record, image_id: int, kind: Kind) -> list[dict[str, Any]]:
         one: dict[str, Any] = {"image_id": image_id, "category_id": label + 1, "bbox": box, "iscrowd": int(is_crowd)}
         # COCO's sizes, small to large, are those of the masks; where nobody drew them, of the boxes.
         mask = objects.masks[index] if objects.masks is not None else None
-        one["area"] = box[2] * box[3] if mask is None else float(coco_mask.area(mask))
+        area = math.nan if objects.areas is None else float(objects.areas[index])
+        if math.isnan(area):
+            area = box[2] * box[3] if mask is None else float(coco_mask.area(mask))
+        one["area"] = area
         if kind == "masks":
             one["segmentation"] = mask
         if kind == "keypoints" and objects.keypoints is not None:

@@ -84,13 +84,14 @@ def _tile(one: Match, dataset: DataSet, picture: np.ndarray) -> Image.Image:
 def _caption(tile: Image.Image, one: Match) -> None:
     pen = ImageDraw.Draw(tile)
     pen.rectangle((0, _TILE_PX, _TILE_PX, _TILE_PX + _CAPTION_PX), fill=_DARK)
-    name = one.prediction.record.file.name
-    name = name if len(name) <= 24 else f"\N{HORIZONTAL ELLIPSIS}{name[-23:]}"
-    counts = f"{one.num_right} right, {one.num_wrong} wrong, {one.num_missed} missed"
+    counts = f"F1 {one.f1:.2f}: {one.num_right} right, {one.num_wrong} wrong, {one.num_missed} missed"
     middle = _TILE_PX + _CAPTION_PX / 2
     font = ImageFont.load_default(17)
+    pen.text((_TILE_PX - 10, middle), counts, fill="white", font=font, anchor="rm")
+    name, room = one.prediction.record.file.stem, _TILE_PX - 34 - pen.textlength(counts, font=font)
+    while pen.textlength(name, font=font) > room:  # the end of a name tells pictures apart
+        name = f"\N{HORIZONTAL ELLIPSIS}{name[2:]}"
     pen.text((10, middle), name, fill="#b8c0c8", font=font, anchor="lm")
-    pen.text((_TILE_PX - 10, middle), f"F1 {one.f1:.2f}: {counts}", fill="white", font=font, anchor="rm")
 
 
 def _write(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,23 +86,23 @@ def train(recipe: Recipe, out: Path, console: Console, *, resume: bool = False, 
     folder = RunFolder(out)
     with join(recipe.device) as group, StopSignal() as stop:
         screen = Screen(console, quiet=not group.is_first)
-        goes_on = _prepare(folder, recipe, group, resume=resume or group.was_restarted)
+        goes_on = _goes_on(folder, recipe, group, resume=resume or group.was_restarted)
         sets = {"train": _read(recipe.data.train), "val": _read(recipe.data.val)}
         screen.show_data(sets)
         torch.manual_seed(recipe.seed)  # for layers that begin anew
         start = networks.start(recipe.model, sets["train"])
         losses.check(start.network, start.spec, sets["train"])
-        loader = make_loader(recipe, sets["train"], start.spec, group)
-        run = begin(recipe, start, loader, group.device, goes_on=goes_on)
-        if goes_on:
-            run.load(checkpoint.load(folder.last), folder.last)
-        screen.show_start(start, run.progress, recipe, len(loader) // recipe.accumulate, group)
-        if group.is_first:
-            folder.describe(recipe, sets, group.count)
-        if not learn(run, recipe, loader, sets["val"], folder, group, stop, screen):
-            assert stop.number is not None
-            screen.show_stop(folder, run.progress)
-            return 128 + stop.number
+        with closing(make_loader(recipe, sets["train"], start.spec, group)) as loader:
+            run = begin(recipe, start, loader, group.device, goes_on=goes_on)
+            if goes_on:
+                run.load(checkpoint.load(folder.last), folder.last)
+            screen.show_start(start, run.progress, recipe, len(loader) // recipe.accumulate, group)
+            if group.is_first:
+                folder.describe(recipe, sets, group.count)
+            if not learn(run, recipe, loader, sets["val"], folder, group, stop, screen):
+                assert stop.number is not None
+                screen.show_stop(folder, run.progress)
+                return 128 + stop.number
         if group.is_first:
             finish.finish(run.network, run.spec, recipe, sets["val"], folder, console, publish)
         group.wait()
@@ -295,10 +295,9 @@ def _grouped(batches: Iterator[TrainBatch], size: int) -> Iterator[list[TrainBat
         yield parts
 
 
-def _prepare(folder: RunFolder, recipe: Recipe, group: Processes, *, resume: bool) -> bool:
-    """Make the folder once, and tell every process whether there is a state to go on from."""
-    goes_on = folder.prepare(recipe, resume=resume) if group.is_first else False
-    return group.any_of(goes_on)
+def _goes_on(folder: RunFolder, recipe: Recipe, group: Processes, *, resume: bool) -> bool:
+    """Look into the folder once, and tell every process whether there is a state to go on from."""
+    return group.any_of(folder.find_state(recipe, resume=resume) if group.is_first else False)
 
 
 def _read(recipe: SetRecipe) -> DataSet:

@@ -49,11 +49,8 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    def prepare(self, recipe: Recipe, *, resume: bool) -> bool:
-        """Make the folder or check that it is this recipe's; return whether there is a state to go on from.
-
-        Raises ConfigError and OutputError.
-        """
+    def find_state(self, recipe: Recipe, *, resume: bool) -> bool:
+        """Return whether there is a state to go on from. Raises ConfigError where the folder is another run's."""
         written = self.path / "recipe.yaml"
         if written.exists() and not resume:
             raise ConfigError(f"{self.path}: holds a run already; go on with it by --resume, or give another --out")
@@ -62,15 +59,15 @@ class RunFolder:
                 f"{self.path}: its run has another recipe ({written}); go on with that one: "
                 f"streamd train {written} --resume --out {self.path}"
             )
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            written.write_text(recipes.dump(recipe))
-        except OSError as err:
-            raise OutputError(f"{self.path}: cannot be written: {err}") from err
         return self.last.exists()
 
     def describe(self, recipe: Recipe, sets: Mapping[str, DataSet], num_processes: int) -> None:
-        """Write run.json; what was there of earlier starts is kept."""
+        """Make the folder, and write recipe.yaml and run.json, in which earlier starts are kept. Raises OutputError."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "recipe.yaml").write_text(recipes.dump(recipe))
+        except OSError as err:
+            raise OutputError(f"{self.path}: cannot be written: {err}") from err
         file = self.path / "run.json"
         starts = []
         with suppress(OSError, ValueError, KeyError):

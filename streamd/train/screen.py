@@ -33,7 +33,7 @@ class Screen:
             line = f"{name}: {len(one.records)} pictures, {num_objects} objects, {len(one.labels)} labels ({one.name})"
             self._print(line)
             for problem in one.problems[:_MAX_NAMED]:
-                self._print(f"  left out: {problem.place}: {problem.text}")
+                self._print(f"  wrong: {problem.place}: {problem.text}")
             if len(one.problems) > _MAX_NAMED:
                 self._print(f"  ... {len(one.problems)} problems in all; `streamd data check` lists them")
 
