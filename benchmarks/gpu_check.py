@@ -82,6 +82,7 @@ def parts() -> list[Part]:
         Part("kernels, timed", [python, "-m", "benchmarks.gpu_kernels"], 90),
         Part("pipeline, timed", [python, "-m", "benchmarks.gpu_pipeline"], 120),
         Part("zoo, timed", [python, "-m", "benchmarks.zoo", "--device", "cuda"], 180),
+        Part("training, timed", [python, "-m", "benchmarks.training", "--device", "cuda"], 120),
         Part("streams through NVDEC", [python, "-m", "benchmarks.gpu_streams"], 150),
         Part("tests of the kernels", [python, "-m", "pytest", "-q", "-m", "gpu", *tests], 120, prints_rows=False),
         Part("other tests on the GPU", [python, "-m", "pytest", "-q", "-m", "gpu", "tests"], 120, prints_rows=False),

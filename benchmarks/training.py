@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 from torch import Tensor
 from torch.utils import data as torch_data
 from torchvision.models.detection import MaskRCNN
@@ -32,6 +31,7 @@ from benchmarks.gpu_rows import Row, say
 from benchmarks.measure import describe_machine
 from benchmarks.zoo import full_maskrcnn, small_maskrcnn, write
 from streamd.datasets import data
+from streamd.datasets.masks import decode
 from streamd.datasets.records import DataSet
 from streamd.models.importers import torchvision as importer
 from streamd.train.loop import begin, make_loader, step, wrap
@@ -73,7 +73,7 @@ class Pictures(torch_data.Dataset[tuple[Tensor, dict[str, Tensor]]]):
         objects = record.objects
         assert objects.masks is not None
         image = pil_to_tensor(Image.open(record.file).convert("RGB")).float() / 255
-        masks = np.stack([coco_mask.decode(rle) for rle in objects.masks])
+        masks = np.stack([decode(rle) for rle in objects.masks])
         return image, {
             "boxes": torch.from_numpy(objects.boxes),
             "labels": torch.from_numpy(objects.labels) + 1,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from streamd import charts, wire
-from streamd.messages import Chart, Detections, Result, Rle, StageTimes, Status
+from streamd.messages import Chart, Clock, Detections, Frame, Result, Rle, StageTimes, Status
+from streamd.metrics.histogram import SECONDS, Histogram
 from streamd.models.spec import ModelSpec
 from streamd.publish import Outgoing
 
@@ -24,19 +27,37 @@ class Announcer:
         self._specs: Mapping[str, ModelSpec] = {}
         self._next_seq: dict[str, int] = {}
         self.num_objects = 0
+        self._stored: Collection[str] = ()
+        self._latencies: dict[tuple[str, Clock], Histogram] = {}
 
     def know(self, specs: Mapping[str, ModelSpec]) -> None:
-        """Learn the models, by their names in the configuration, before the first result."""
+        """Learn the models, by their names in the configuration, whose results come without a spec of their own."""
         self._specs = specs
+
+    def redirect(self, format: wire.Format, outlets: Sequence[Callable[[Outgoing], None]]) -> None:
+        """Encode and send otherwise from the next message on; from any thread."""
+        self._format, self._outlets = format, outlets
+
+    def store(self, streams: Collection[str]) -> None:
+        """Mark the messages of these streams, and of no others, for delivery through the spool; from any thread."""
+        self._stored = streams
 
     @property
     def num_results(self) -> int:
-        return sum(self._next_seq.values())
+        return sum(self._next_seq.copy().values())
+
+    def num_published(self, stream: str) -> int:
+        """Count the results of a stream."""
+        return self._next_seq.get(stream, 0)
+
+    def latency(self, stream: str, clock: Clock) -> Histogram | None:
+        """Return the times from a frame's capture, by this clock, until its result was with the publishers."""
+        return self._latencies.get((stream, clock))
 
     def message(self, result: Result) -> wire.DetectionsMessage:
         """Number a result and describe it for the wire."""
         stream = result.frame.stream
-        spec = self._specs[result.model]
+        spec = result.spec or self._specs[result.model]
         seq = self._next_seq.get(stream, 0)
         self._next_seq[stream] = seq + 1
         self.num_objects += len(result.detections)
@@ -45,12 +66,25 @@ class Announcer:
     def result(self, result: Result) -> None:
         """Publish a result."""
         self._send(Outgoing(result.frame.stream, "detections", wire.encode(self.message(result), self._format)))
+        self._measure(result.frame)
 
     def status(self, status: Status) -> None:
         """Publish a stream's state."""
         self._send(Outgoing(status.stream, "status", wire.encode(status_message(status), self._format)))
 
+    def _measure(self, frame: Frame) -> None:
+        key = frame.stream, frame.stamp.clock
+        if key not in self._latencies:
+            self._latencies[key] = Histogram(SECONDS)
+        if frame.stamp.clock == "arrival":  # by the monotonic clock, which no step of the host's clock moves
+            age_s = (time.monotonic_ns() - frame.stamp.arrived_ns) / 1e9
+        else:
+            age_s = time.time() - frame.stamp.captured_at
+        self._latencies[key].observe(max(0.0, age_s))  # a camera's clock may be ahead of this machine's
+
     def _send(self, outgoing: Outgoing) -> None:
+        if outgoing.stream in self._stored:
+            outgoing = replace(outgoing, stored=True)
         for outlet in self._outlets:
             outlet(outgoing)
 

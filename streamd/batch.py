@@ -17,7 +17,7 @@ _FAST_QUEUE_FRAMES = 8  # of a file that is read as fast as the model can: enoug
 
 
 @dataclass(slots=True)
-class _Mailbox:
+class Mailbox:
     """What waits of one stream: the newest frame of a camera, or a short queue of a file."""
 
     lossless: bool
@@ -50,13 +50,14 @@ class Batcher:
         self._lock = threading.Lock()
         self._frame_came = threading.Condition(self._lock)
         self._room_came = threading.Condition(self._lock)
-        self._mailboxes: OrderedDict[str, _Mailbox] = OrderedDict()  # served longest ago first
+        self._mailboxes: OrderedDict[str, Mailbox] = OrderedDict()  # served longest ago first
+        self._released: dict[str, Mailbox] = {}  # for the counts of frames that are still on their way
         self._closed = False
 
     def add(self, stream: str, *, lossless: bool = False) -> None:
         """Make room for a stream, before its first frame."""
         with self._lock:
-            self._mailboxes[stream] = _Mailbox(lossless)
+            self._mailboxes[stream] = Mailbox(lossless)
 
     def remove(self, stream: str) -> None:
         """Forget a stream and what waits of it."""
@@ -66,10 +67,26 @@ class Batcher:
                 mailbox.removed = True
             self._room_came.notify_all()
 
+    def release(self, stream: str) -> Mailbox:
+        """Give a stream up, with what waits of it, so that another batcher can adopt it."""
+        with self._lock:
+            mailbox = self._mailboxes.pop(stream)
+            mailbox.removed = True
+            self._released[stream] = mailbox
+            self._room_came.notify_all()
+            return mailbox
+
+    def adopt(self, stream: str, mailbox: Mailbox) -> None:
+        """Take a stream over: what waited of it waits here, and its count goes on."""
+        with self._lock:
+            self._released.pop(stream, None)
+            self._mailboxes[stream] = Mailbox(mailbox.lossless, mailbox.frames, mailbox.num_dropped)
+            self._frame_came.notify()
+
     def num_dropped(self, stream: str) -> int:
         """Count the frames of a stream that a newer one replaced."""
         with self._lock:
-            mailbox = self._mailboxes.get(stream)
+            mailbox = self._mailboxes.get(stream) or self._released.get(stream)
             return mailbox.num_dropped if mailbox else 0
 
     def offer(self, frame: Frame) -> bool:

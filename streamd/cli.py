@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from streamd import __version__
+from streamd import __version__, control_commands
 from streamd.errors import ConfigError, ModelError, PublishError, StreamdError
 from streamd.eval_command import evaluate
 from streamd.import_commands import import_app, read_labels
@@ -37,6 +37,7 @@ app.add_typer(import_app, name="import")
 app.add_typer(data_app, name="data")
 app.command()(train)
 app.command("eval")(evaluate)
+control_commands.register(app)
 
 ConfigPath = Annotated[Path, typer.Argument(help="The YAML file.", metavar="CONFIG")]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="How much is logged to stderr.")]
@@ -96,7 +97,7 @@ def run(config: ConfigPath, log_level: LogLevel = "info") -> None:
 
     gc.freeze()  # nor is it looked through later, while frames wait
     gc.enable()
-    raise SystemExit(Daemon(tree).run())
+    raise SystemExit(Daemon(tree, path=config).run())
 
 
 @app.command()
@@ -160,7 +161,7 @@ def predict(
 
 @app.command()
 def demo(
-    model: Annotated[str, typer.Argument(help="An artifact, a checkpoint or a known name.")] = "yolox_nano",
+    model: Annotated[str, typer.Argument(help="An artifact, a checkpoint or a known name.")] = "streamd-person",
     seconds: Annotated[float, typer.Option(min=1, help="How long.")] = 30,
     out: Annotated[Path, typer.Option(help="Where the annotated video and the contact sheet go.")] = Path("demo-out"),
 ) -> None:

@@ -131,9 +131,10 @@ def subscribe(
 ) -> Subscription[Any]:
     """Subscribe to one stream, or to all, of the daemon that publishes on `url`.
 
-    `url` is tcp://HOST:PORT or ipc://PATH for ZeroMQ, redis://, rediss:// or unix:// for Redis. With `since`, "0" or
-    the id of an entry, the Redis Streams are read from there on instead of pub/sub, so that nothing is missed that
-    Redis still keeps. A lost connection is made again. `timeout_s` bounds the wait for each message of the iteration.
+    `url` is tcp://HOST:PORT or ipc://PATH for ZeroMQ, redis://, rediss:// or unix:// for Redis, redis+sentinel:// and
+    redis+cluster:// as docs/delivery.md says. With `since`, "0" or the id of an entry, the Redis Streams are read from
+    there on instead of pub/sub, so that nothing is missed that Redis still keeps. A lost connection is made again.
+    `timeout_s` bounds the wait for each message of the iteration.
 
     Raises SubscribeError: a wrong URL, a Redis that is not there at the start or refuses the password, a time-out.
     """
@@ -145,7 +146,7 @@ def subscribe(
 
 def _open_feed(url: str, stream: str | None, kinds: Sequence[Kind], since: str | None) -> Feed:
     scheme = url.partition("://")[0].lower()
-    if scheme in ("redis", "rediss", "unix"):
+    if scheme.partition("+")[0] in ("redis", "rediss", "unix"):
         from streamd.feeds.redis_server import open_channels, open_streams
 
         return open_channels(url, stream, kinds) if since is None else open_streams(url, stream, kinds, since)

@@ -5,17 +5,25 @@ Each field's description is what `streamd config schema` gives to editors.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic.config import JsonDict
 
+from streamd.metrics.endpoint import Endpoint
 from streamd.redact import redact
 
 Auto = Literal["auto"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 _NO_OTHER_NAMES: JsonDict = {"additionalProperties": False}  # or editors would accept what is no Name
+REDIS_SCHEMES = (
+    *("redis", "rediss", "unix"),
+    *("redis+sentinel", "rediss+sentinel"),
+    *("redis+cluster", "rediss+cluster"),
+)
 SCHEMES = ("rtsp", "rtsps", "http", "https", "file", "v4l2")
 
 
@@ -68,6 +76,9 @@ class StreamDefaults(Section):
     frames: Literal["all", "key"] = Field(
         "all", description="key: decode key frames only; one must come within stall_timeout_s."
     )
+    delivery: Literal["live", "stored"] = Field(
+        "live", description="stored: into the Redis Stream at least once, through a spool on disk."
+    )
     corrupt_frames: Literal["drop", "publish"] = Field("drop", description="What happens to damaged frames.")
     max_latency_ms: float = Field(
         200, gt=0, le=60_000, description="What the stream's user accepts from arrival to result; sizes the batches."
@@ -111,17 +122,57 @@ class ZeroMqConfig(Section):
 
 
 class RedisConfig(Section):
-    url: SecretStr = Field(description="redis://, rediss:// or unix://; ${ENV} and ${file:PATH} work.")
+    url: SecretStr = Field(
+        description="redis://, rediss:// (TLS), unix://, redis+sentinel:// or redis+cluster://; "
+        "${ENV} and ${file:PATH} work."
+    )
     pubsub: bool = Field(True, description="PUBLISH to streamd:<stream>:<kind>.")
     streams: bool = Field(True, description="XADD to streamd:<stream>.")
     max_len: int = Field(1000, ge=1, description="Entries kept of each Redis stream, about.")
+    ca_file: str | None = Field(None, description="TLS: who signed the server's certificate; the system's by default.")
+    cert_file: str | None = Field(None, description="TLS: the daemon's own certificate, where Redis asks for one.")
+    key_file: str | None = Field(None, description="TLS: the key of cert_file.")
 
     @field_validator("url")
     @classmethod
     def _known_scheme(cls, url: SecretStr) -> SecretStr:
-        if urlsplit(url.get_secret_value()).scheme not in ("redis", "rediss", "unix"):
-            raise ValueError("must begin with redis://, rediss:// or unix://")
+        if url.get_secret_value().partition("://")[0] not in REDIS_SCHEMES:
+            raise ValueError(
+                "must begin with redis://, rediss://, unix://, redis[s]+sentinel:// or redis[s]+cluster://"
+            )
         return url
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> RedisConfig:
+        if self.tls_options and not self.url.get_secret_value().startswith("rediss"):
+            raise ValueError("ca_file, cert_file and key_file need a URL that begins with rediss")
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file belong together")
+        return self
+
+    @property
+    def tls_options(self) -> dict[str, str]:
+        """Return the files as redis-py names them."""
+        files = {"ssl_ca_certs": self.ca_file, "ssl_certfile": self.cert_file, "ssl_keyfile": self.key_file}
+        return {name: path for name, path in files.items() if path is not None}
+
+
+class SpoolConfig(Section):
+    """Where the entries of `delivery: stored` wait for Redis."""
+
+    path: str | None = Field(
+        None, description="The file; $STATE_DIRECTORY/spool.sqlite by default, or ~/.local/state/streamd/spool.sqlite."
+    )
+    max_entries: int = Field(200_000, ge=1, description="Most entries that wait; what comes then is lost and counted.")
+    max_mb: int = Field(512, ge=1, description="Most MiB of entries that wait.")
+
+    @property
+    def file(self) -> Path:
+        """Where the file is, with the default filled in."""
+        if self.path is not None:
+            return Path(self.path)
+        folder = os.environ.get("STATE_DIRECTORY", "").partition(":")[0]  # systemd gives a list
+        return Path(folder or Path.home() / ".local/state/streamd") / "spool.sqlite"
 
 
 class PublishConfig(Section):
@@ -131,12 +182,42 @@ class PublishConfig(Section):
     queue_size: int = Field(1000, ge=1, description="Messages kept for a publisher that is down or slow.")
     zeromq: ZeroMqConfig | None = Field(ZeroMqConfig(), description="null switches it off.")
     redis: RedisConfig | None = Field(None, description="Redis pub/sub and Streams; off by default.")
+    spool: SpoolConfig = SpoolConfig()
 
 
 class MetricsConfig(Section):
     """What the daemon says of itself."""
 
     log_interval_s: float = Field(60, gt=0, description="Seconds between the summary lines in the log.")
+    insecure: bool = Field(False, description="Allow `listen` beyond this machine, with neither password nor TLS.")
+    listen: str | None = Field(
+        "auto",
+        description="Where /metrics, /healthz and /readyz are: tcp://ADDRESS:PORT, unix:///PATH or null for nowhere; "
+        "auto is tcp://127.0.0.1:9464 unless it is taken.",
+    )
+
+    @field_validator("listen")
+    @classmethod
+    def _stays_on_this_machine(cls, listen: str | None, info: ValidationInfo) -> str | None:
+        if listen in (None, "auto"):
+            return listen
+        endpoint = Endpoint.parse(listen)
+        if not (endpoint.is_local or info.data.get("insecure")):
+            raise ValueError(
+                f"{endpoint.host} is reached from other machines, and the exporter has neither password nor TLS; "
+                "use 127.0.0.1 or unix://, or say insecure: true"
+            )
+        return listen
+
+
+class ControlConfig(Section):
+    """The socket of `streamd status`, `top`, `streams` and `reload`."""
+
+    path: str = Field(
+        "auto",
+        description="A Unix socket, for the daemon's own user and root alone; auto is $RUNTIME_DIRECTORY/control.sock, "
+        "else $XDG_RUNTIME_DIR/streamd/control.sock, else none.",
+    )
 
 
 class Config(Section):
@@ -151,6 +232,12 @@ class Config(Section):
     )
     publish: PublishConfig = PublishConfig()
     metrics: MetricsConfig = MetricsConfig()
+    control: ControlConfig | None = Field(ControlConfig(), description="null switches it off.")
+
+    @property
+    def stored_streams(self) -> frozenset[str]:
+        """The streams whose messages reach Redis at least once."""
+        return frozenset(name for name, stream in self.streams.items() if stream.delivery == "stored")
 
     def model_of(self, stream: str) -> str:
         """Name the model of a stream; `config_file.load` has checked that it exists."""

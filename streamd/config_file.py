@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,42 @@ def parse(text: str, path: Path) -> Config:
     for stream in config.streams.values():
         register_url(stream.url.get_secret_value())
     return config
+
+
+def with_stream(config: Config, name: str, settings: Mapping[str, object]) -> Config:
+    """Add a stream with these keys and the file's `defaults:`. Raises ConfigError with all that is wrong.
+
+    Nothing is substituted, and a file's path must be absolute: both belong to who asks.
+    """
+    if name in config.streams:
+        raise ConfigError(f"there is a stream '{name}' already; remove it first, or choose another name")
+    written = {
+        "defaults": config.defaults.model_dump(exclude_unset=True),
+        "models": {model: {"path": ""} for model in config.models},
+        "streams": {name: dict(settings)},
+    }
+    merged = with_defaults(written)
+    problems = list(_cross_checks(written, merged))
+    url = settings.get("url")
+    if isinstance(url, str) and is_file_url(url) and not url.startswith(("/", "file://")):
+        problems.append(Problem(("streams", name, "url"), "a file's path must be absolute here"))
+    try:
+        stream = Config.model_validate(merged).streams[name]
+    except ValidationError as err:
+        problems += explain(err, written, Config, functools.partial(_as_written, written=written))
+    if problems:
+        raise ConfigError("; ".join(f"{'.'.join(map(str, place))}: {sentence}" for place, sentence, _ in problems))
+    register_url(stream.url.get_secret_value())
+    return config.model_copy(update={"streams": {**config.streams, name: stream}})
+
+
+def without_stream(config: Config, name: str) -> Config:
+    """Remove a stream. Raises ConfigError where there is none, or no other."""
+    if name not in config.streams:
+        raise ConfigError(f"there is no stream '{name}' ({nearest(name, list(config.streams))})")
+    if len(config.streams) == 1:
+        raise ConfigError(f"'{name}' is the only stream; stop the daemon instead")
+    return config.model_copy(update={"streams": {key: one for key, one in config.streams.items() if key != name}})
 
 
 def _as_written(place: Place, written: Any) -> Place:
@@ -121,12 +157,20 @@ def _cross_checks(written: Any, merged: Any) -> Iterator[Problem]:
             place = ("streams", name, "model")
             shown = value_at(written, _as_written(place, written))  # before substitution
             yield Problem(place, f"no model '{shown}' under models: ({nearest(shown, list(models))})")
+        if stream.get("delivery") == "stored" and not _has_redis_streams(merged):
+            place = ("streams", name, "delivery")
+            yield Problem(_as_written(place, written), "stored needs publish.redis, with its `streams` on")
         if isinstance(url, str) and not is_file_url(url):
             own = written["streams"][name]  # `defaults:` may say it for the files among the streams
             if own.get("loop") is True:
                 yield Problem(("streams", name, "loop"), "only a file can start again at its end")
             if own.get("pace") == "fast":
                 yield Problem(("streams", name, "pace"), "only a file can be read faster than real time")
+
+
+def _has_redis_streams(tree: Any) -> bool:
+    redis = value_at(tree, ("publish", "redis"))
+    return isinstance(redis, dict) and redis.get("streams") is not False
 
 
 def _with_absolute_paths(config: Config, folder: Path) -> Config:
@@ -147,4 +191,12 @@ def _with_absolute_paths(config: Config, folder: Path) -> Config:
         else stream.model_copy(update={"url": SecretStr(absolute(url))})
         for name, stream in config.streams.items()
     }
-    return config.model_copy(update={"models": models, "streams": streams})
+    publish = config.publish
+    if publish.spool.path is not None:
+        spool = publish.spool.model_copy(update={"path": absolute(publish.spool.path)})
+        publish = publish.model_copy(update={"spool": spool})
+    if publish.redis is not None:
+        names = ("ca_file", "cert_file", "key_file")
+        files = {name: absolute(path) for name in names if (path := getattr(publish.redis, name)) is not None}
+        publish = publish.model_copy(update={"redis": publish.redis.model_copy(update=files)})
+    return config.model_copy(update={"models": models, "streams": streams, "publish": publish})

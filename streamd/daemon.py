@@ -3,61 +3,84 @@
 from __future__ import annotations
 
 import logging
+import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
 from streamd.announce import Announcer
-from streamd.config import Config, PublishConfig
+from streamd.changes import Changes
+from streamd.config import Config
+from streamd.control import ControlServer, find_path
+from streamd.control_messages import AddRequest, Answer, ListRequest, RemoveRequest, Request, StatusRequest
+from streamd.errors import ConfigError, StreamdError
+from streamd.metrics.collector import Observed
+from streamd.metrics.exporter import Exporter
 from streamd.notify import Notifier
 from streamd.pipeline import Pipeline
-from streamd.publish import Publisher
-from streamd.publish.redis_streams import RedisSink
-from streamd.publish.zeromq import ZeroMqSink
+from streamd.publishers import Publishers
+from streamd.reload import Reloader
+from streamd.state import describe
 
 logger = logging.getLogger(__name__)
 
 EXIT_OK = 0
 EXIT_CRASHED = 1  # systemd restarts
 SHUTDOWN_DEADLINE_S = 10.0  # the unit's TimeoutStopSec is longer
+_RELOAD_STOP_S = 0.5  # for a refusal; a model that is loading takes longer, and is not waited for
 _STATUS_INTERVAL_S = 5.0  # states are repeated for subscribers that came late
 
 
 class Daemon:
     """One process with one configuration. `run` may be called once."""
 
-    def __init__(self, config: Config, notifier: Notifier | None = None) -> None:
+    def __init__(self, config: Config, notifier: Notifier | None = None, *, path: Path | None = None) -> None:
+        """`path` is the file that the configuration came from, for reloads; without one `control: auto` is off."""
         self._config = config
         self._notifier = notifier or Notifier()
-        self._wake = threading.Event()
+        self._asked: queue.SimpleQueue[str] = queue.SimpleQueue()  # stop, reload: a signal handler may put
+        self._following = threading.Lock()  # held while the threads are exchanged
         self._stop_reason: str | None = None
         self._crashed = False
-        self._publishers = make_publishers(config.publish, self._on_crash)
-        self._announcer = Announcer(config.publish.format, [publisher.put for publisher in self._publishers])
+        self._publishers = Publishers(config.publish, self._on_crash)
+        self._announcer = Announcer(config.publish.format, self._publishers.outlets)
+        self._announcer.store(config.stored_streams)
+        self._observed = Observed(self._announcer, lambda: self._publishers.all, lambda: self._publishers.stored)
+        self._exporter = Exporter(config.metrics.listen, self._observed)
+        self._reloader = Reloader(config, path, self._follow, self._notifier, self._on_crash)
+        self._control = self._make_control(is_service=path is not None)
+        self._pipeline: Pipeline | None = None  # until it is ready
+        self._started_s = time.monotonic()
 
     def run(self) -> int:
         """Return the exit code. Raises ConfigError, ModelError or PublishError before anything is started."""
-        with self._signals():
-            pipeline = self._start()
+        with self._signals(), self._exporter:
+            self._open_control()
             try:
-                self._main_loop(pipeline)
+                pipeline = self._start()
+                try:
+                    self._main_loop(pipeline)
+                finally:
+                    self._shut_down(pipeline)
             finally:
-                self._shut_down(pipeline)
+                if self._control:
+                    self._control.stop()
         return EXIT_CRASHED if self._crashed else EXIT_OK
 
     def stop(self, reason: str) -> None:
         """Ask the daemon to end; safe from any thread and from a signal handler."""
         self._stop_reason = self._stop_reason or reason
-        self._wake.set()
+        self._asked.put("stop")
 
     def _start(self) -> Pipeline:
         self._notifier.send("STATUS=loading models")
-        for publisher in self._publishers:
-            publisher.start()
         try:
+            self._publishers.start()
             pipeline = Pipeline(
                 self._config,
                 deliver=self._announcer.result,
@@ -65,12 +88,14 @@ class Daemon:
                 on_crash=self._on_crash,
                 on_end=lambda: self.stop("all files came to their end"),
             )
-            self._announcer.know(pipeline.specs)
             pipeline.warm_up()
         except BaseException:
-            self._stop_publishers(0.0)
+            self._publishers.stop(0.0)
             raise
         pipeline.start()
+        self._observed.pipeline, self._observed.ready = pipeline, True
+        self._pipeline = pipeline
+        self._reloader.start()
         self._notifier.send("READY=1", "STATUS=running")
         logger.info("ready: %d streams, %d models", len(self._config.streams), len(pipeline.specs))
         return pipeline
@@ -79,31 +104,88 @@ class Daemon:
         """Repeat states and summaries until somebody asks to stop."""
         next_summary_s = time.monotonic() + self._config.metrics.log_interval_s
         summary = _Summary(self._announcer, self._publishers)
-        while not self._wake.wait(_STATUS_INTERVAL_S):
+        while self._has_time():
             for status in pipeline.statuses():
                 self._announcer.status(status)
-            self._notifier.send(f"STATUS={pipeline.num_running} of {len(self._config.streams)} streams running")
+            num_streams = len(self._config.streams)
+            # Without it systemd ends a daemon whose model or publisher hangs, and starts it again.
+            alive = () if self._observed.stuck() else ("WATCHDOG=1",)
+            self._notifier.send(f"STATUS={pipeline.num_running} of {num_streams} streams running", *alive)
             if time.monotonic() >= next_summary_s:
                 next_summary_s += self._config.metrics.log_interval_s
-                logger.info("%s, %d of %d streams running", summary, pipeline.num_running, len(self._config.streams))
+                logger.info("%s, %d of %d streams running", summary, pipeline.num_running, num_streams)
+
+    def _has_time(self) -> bool:
+        """Wait until the next round of the main loop; False when somebody asked to stop."""
+        next_round_s = time.monotonic() + _STATUS_INTERVAL_S
+        while self._stop_reason is None and (left_s := next_round_s - time.monotonic()) > 0:
+            with suppress(queue.Empty):
+                if self._asked.get(timeout=left_s) == "reload":
+                    self._reloader.reload()
+        return self._stop_reason is None
+
+    def _follow(self, config: Config, changes: Changes) -> None:
+        """Change what runs, in the reloader's thread. Raises StreamdError, and then nothing has changed."""
+        assert self._pipeline is not None, "the reloader starts after it"
+        prepared = self._pipeline.prepare(config, changes)
+        fresh = self._publishers.prepare(config.publish, changes.publishers)
+        with self._following:
+            if self._stop_reason is not None:
+                self._publishers.retire([*fresh.values()])
+                raise StreamdError("the daemon is stopping")
+            leaving = self._publishers.exchange(fresh, changes.publishers, config.publish.queue_size)
+            self._announcer.redirect(config.publish.format, self._publishers.outlets)
+            self._announcer.store(config.stored_streams)
+            self._pipeline.apply(prepared, changes)
+            self._config = config
+        self._publishers.retire(leaving)
+
+    def _make_control(self, is_service: bool) -> ControlServer | None:
+        control = self._config.control
+        path = find_path(control.path) if control and (is_service or control.path != "auto") else None
+        return ControlServer(path, self._answer, self._on_crash) if path else None
+
+    def _open_control(self) -> None:
+        """Open the control socket. Raises ConfigError, unless nobody asked for just this path."""
+        try:
+            if self._control:
+                self._control.start()
+        except ConfigError as err:
+            if self._config.control and self._config.control.path != "auto":
+                raise
+            self._control = None
+            logger.warning("%s; going on without it", err)
+
+    def _answer(self, request: Request) -> Answer | Future[Changes]:
+        """Serve the control socket, in its thread."""
+        if self._pipeline is None:
+            raise StreamdError("the daemon is still loading its models")
+        match request:
+            case AddRequest(name=name, settings=settings):
+                return self._reloader.add_stream(name, settings)
+            case RemoveRequest(name=name):
+                return self._reloader.remove_stream(name)
+            case StatusRequest() | ListRequest():
+                uptime_s = time.monotonic() - self._started_s
+                state = describe(self._config, self._pipeline, self._announcer, self._publishers, uptime_s)
+                return Answer(state=state) if isinstance(request, StatusRequest) else Answer(streams=state.streams)
+        return self._reloader.reload()
 
     def _shut_down(self, pipeline: Pipeline) -> None:
         """Stop reading, let the models finish what waits, then send what is queued."""
         logger.info("stopping: %s", self._stop_reason or "crashed")
+        self._observed.ready = False
         self._notifier.send("STOPPING=1", "STATUS=draining")
         deadline = time.monotonic() + SHUTDOWN_DEADLINE_S
-        pipeline.close_intake()
+        self._reloader.stop(_RELOAD_STOP_S)
+        with self._following:  # a change that is being made is whole now, and no other begins
+            pipeline.close_intake()
         late = pipeline.drain(SHUTDOWN_DEADLINE_S * 0.5)
         late += pipeline.join_sources(deadline - time.monotonic() - SHUTDOWN_DEADLINE_S * 0.2)
-        self._stop_publishers(max(0.5, deadline - time.monotonic()))
+        self._publishers.stop(max(0.5, deadline - time.monotonic()))
         for name in late:
             logger.warning("%s did not end within %.0f s", name, SHUTDOWN_DEADLINE_S)
         logger.info("stopped: %d results published", self._announcer.num_results)
-
-    def _stop_publishers(self, deadline_s: float) -> None:
-        deadline = time.monotonic() + deadline_s
-        for publisher in self._publishers:
-            publisher.stop(max(0.0, deadline - time.monotonic()))
 
     def _on_crash(self, err: Exception) -> None:
         self._crashed = True
@@ -111,15 +193,19 @@ class Daemon:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Let SIGTERM and SIGINT set a flag, and nothing more."""
+        """Let SIGTERM, SIGINT and SIGHUP ask the main loop, and do nothing themselves."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def on_signal(number: int, frame: FrameType | None) -> None:
-            self.stop(signal.Signals(number).name)
+            if number == signal.SIGHUP:
+                self._asked.put("reload")
+            else:
+                self.stop(signal.Signals(number).name)
 
-        previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        previous = {number: signal.signal(number, on_signal) for number in numbers}
         try:
             yield
         finally:
@@ -127,23 +213,10 @@ class Daemon:
                 signal.signal(number, handler)
 
 
-def make_publishers(config: PublishConfig, on_crash: Callable[[Exception], None]) -> list[Publisher]:
-    """Build a publisher for each sink of the configuration; none is started."""
-    publishers = []
-    if config.zeromq:
-        sink = ZeroMqSink(config.zeromq.bind, config.zeromq.high_water_mark)
-        publishers.append(Publisher(sink, config.queue_size, on_crash=on_crash))
-    if config.redis:
-        redis = config.redis
-        redis_sink = RedisSink(redis.url.get_secret_value(), redis.pubsub, redis.streams, redis.max_len)
-        publishers.append(Publisher(redis_sink, config.queue_size, on_crash=on_crash))
-    return publishers
-
-
 class _Summary:
     """Say what has happened since it was last asked, in one line."""
 
-    def __init__(self, announcer: Announcer, publishers: list[Publisher]) -> None:
+    def __init__(self, announcer: Announcer, publishers: Publishers) -> None:
         self._announcer = announcer
         self._publishers = publishers
         self._since_s = time.monotonic()
@@ -153,5 +226,5 @@ class _Summary:
         now, num_results = time.monotonic(), self._announcer.num_results
         rate = (num_results - self._num_results) / max(1e-3, now - self._since_s)
         self._since_s, self._num_results = now, num_results
-        lost = sum(publisher.num_dropped for publisher in self._publishers)
+        lost = sum(publisher.num_dropped for publisher in self._publishers.all)
         return f"{rate:.1f} frames/s published, {lost} messages lost by publishers so far"

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from streamd.client import Subscription, subscribe
-from streamd.config import Config, ModelConfig, PublishConfig, StreamConfig, ZeroMqConfig
+from streamd.config import Config, MetricsConfig, ModelConfig, PublishConfig, StreamConfig, ZeroMqConfig
 from streamd.daemon import EXIT_OK, SHUTDOWN_DEADLINE_S, Daemon
 from streamd.decode import Decoders
 from streamd.draw import VideoWriter, annotate, caption, contact_sheet, load_library, save_png, to_rgb
@@ -281,6 +281,7 @@ def _config(artifact: Path, endpoint: str) -> Config:
         models={"demo": ModelConfig(path=str(artifact))},
         streams={_FIRST: StreamConfig(url=url, loop=True), _SECOND: StreamConfig(url=url, loop=True, fps=5)},
         publish=PublishConfig(zeromq=ZeroMqConfig(bind=endpoint)),
+        metrics=MetricsConfig(listen=None),
     )
 
 

@@ -12,7 +12,7 @@ from streamd.messages import Frame, Result
 
 @dataclass(slots=True, eq=False)
 class _Expected:
-    seq: int
+    frame: tuple[int, int]  # epoch and seq: a stream that was removed and added again counts from 0 again
     result: Result | None = None
 
 
@@ -29,13 +29,17 @@ class InOrder:
         """Note that these frames are now being processed, in this order."""
         with self._lock:
             for frame in frames:
-                self._expected.setdefault(frame.stream, deque()).append(_Expected(frame.seq))
+                self._expected.setdefault(frame.stream, deque()).append(_Expected(_key(frame)))
 
     def complete(self, results: Sequence[Result]) -> None:
         """Deliver these results, and those that waited for them."""
         with self._lock:
             for result in results:
                 expected = self._expected[result.frame.stream]
-                next(entry for entry in expected if entry.seq == result.frame.seq).result = result
+                next(entry for entry in expected if entry.frame == _key(result.frame)).result = result
                 while expected and expected[0].result is not None:
                     self._deliver(expected.popleft().result)  # type: ignore[arg-type]
+
+
+def _key(frame: Frame) -> tuple[int, int]:
+    return frame.stamp.epoch, frame.seq

@@ -14,6 +14,7 @@ from streamd.errors import ConfigError
 from streamd.in_order import InOrder
 from streamd.infer import Model, Plan, Wish, choose_plan
 from streamd.messages import Detections, Frame, Result, StageTimes
+from streamd.metrics.readings import LaneMeter
 from streamd.models import weights
 from streamd.models.spec import ModelSpec, NmsRule
 from streamd.runner import Runner, Running
@@ -22,15 +23,21 @@ from streamd.runner import Runner, Running
 class Lane:
     """Turn the frames of some streams into results, in each stream's order."""
 
-    def __init__(self, name: str, config: ModelConfig, device: str, deliver: Callable[[Result], None]) -> None:
-        """Load the model. Raises ModelError or ConfigError."""
+    def __init__(self, name: str, config: ModelConfig, device: str, in_order: InOrder) -> None:
+        """Load the model. Raises ModelError or ConfigError.
+
+        `in_order` is common to all lanes between which a stream may move.
+        """
         self.name = name
+        self.device = device  # as the configuration says it
         self.config = config
         self.model = Model(weights.resolve(config.path), device, config.precision)
-        self.rule = _nms_rule(self.model.spec, config)
-        self._wanted = _wanted_labels(self.model.spec, config)
-        self._in_order = InOrder(deliver)
-        self.batcher = Batcher(on_take=self._in_order.expect)
+        spec = self.model.spec
+        self.meter = LaneMeter(name, str(self.model.device), spec.name, spec.weights_sha256)
+        self.rule = _nms_rule(spec, config)
+        self._wanted = _wanted_labels(spec, config)
+        self._in_order = in_order
+        self.batcher = Batcher(on_take=in_order.expect)
 
     @property
     def spec(self) -> ModelSpec:
@@ -93,13 +100,20 @@ class Lane:
             self._complete(runner, batch)
 
     def _take(self, plan: Plan) -> Sequence[Frame]:
-        return self.batcher.take(plan.max_batch, self.config.max_wait_ms / 1e3)
+        frames = self.batcher.take(plan.max_batch, self.config.max_wait_ms / 1e3)
+        if frames:
+            self.meter.begin(frames[0], len(frames))
+        return frames
 
     def _complete(self, runner: Runner, running: Running) -> None:
         runner.wait(running)
         inferred_ns = time.monotonic_ns()
         detections = runner.finish(running)
-        self._in_order.complete(self._results(running, detections, inferred_ns))
+        results = self._results(running, detections, inferred_ns)
+        for result in results:
+            self.meter.waited(result.times)
+        self.meter.end(running.batch.frames[0], results[0].times)
+        self._in_order.complete(results)
 
     def _results(self, running: Running, detections: Sequence[Detections], inferred_ns: int) -> list[Result]:
         done_ns = time.monotonic_ns()
@@ -110,6 +124,7 @@ class Lane:
                 times=_stage_times(frame, running.begun_ns, inferred_ns, done_ns),
                 dropped=self.batcher.num_dropped(frame.stream),
                 model=self.name,
+                spec=self.spec,
             )
             for frame, found in zip(running.batch.frames, detections, strict=True)
         ]

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from streamd.models.spec import ModelSpec
+
 Clock = Literal["sender", "arrival"]
 
 
@@ -187,6 +189,7 @@ class Result:
     times: StageTimes
     dropped: int  # frames of this stream that were decoded but not processed since the daemon started
     model: str  # the model's name in the configuration
+    spec: ModelSpec | None = None  # of the version at work; None: of the only one that has had this name
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,26 +9,31 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from os import PRIO_PROCESS, setpriority
 
+import torch
+
 from streamd.allocator import keep_freed_memory
+from streamd.changes import Changes
 from streamd.config import Config, StreamConfig
 from streamd.decode import Decoder, Decoders, Wish
-from streamd.errors import SourceError
-from streamd.lane import Lane, devices
+from streamd.errors import ModelError, SourceError
+from streamd.in_order import InOrder
+from streamd.lane import Lane
+from streamd.lanes import Lanes, Prepared, Work, flat, load, warm, warm_new
 from streamd.messages import Frame, Result, Status, StreamState
+from streamd.metrics.readings import LaneMeter, StreamReading
 from streamd.models.spec import ModelSpec
 from streamd.redact import register_url
 from streamd.sources import Source, SourceOptions, Timeline, open_source
-from streamd.supervisor import Policy, Supervisor
+from streamd.stream import Stream
 from streamd.thread_names import name_thread
 
 logger = logging.getLogger(__name__)
 
+_LEAVE_S = 2.0  # for a stream that is removed; a camera that hangs ends later, by its time-out
 _DECODER_NICENESS = 5  # stream threads yield to the model's: a late frame costs one frame, a late model costs all
 
 
@@ -39,6 +44,7 @@ class Connection:
         self._source = source
         self._decoder = decoder
         self._keyframes_only = keyframes_only
+        self.num_packets = 0
 
     @property
     def decoder(self) -> str:
@@ -49,6 +55,7 @@ class Connection:
         """Yield each decoded frame, and None for a packet that completed none; begins at a key frame."""
         waiting = True
         for packet in self._source.packets():
+            self.num_packets += 1
             waiting = not packet.keyframe and (waiting or self._keyframes_only)
             decoded = None
             if not waiting:
@@ -63,12 +70,14 @@ class Connection:
         self._source.close()
 
 
-def connector(stream: str, config: StreamConfig, decoders: Decoders) -> Callable[[int], Connection]:
+def connector(
+    stream: str, config: StreamConfig, decoders: Decoders, timeline: Timeline | None = None
+) -> Callable[[int], Connection]:
     """Make the function that connects a stream; its timeline lasts over all of its connections.
 
     Raises ConfigError where the wanted decoder cannot work here.
     """
-    timeline = Timeline()
+    timeline = timeline or Timeline()
     register_url(config.url.get_secret_value())
     decoders.check(config.decoder)
     wish = Wish(config.decoder, config.is_file, config.max_latency_ms / 1e3, config.frames == "key")
@@ -92,17 +101,11 @@ def connector(stream: str, config: StreamConfig, decoders: Decoders) -> Callable
     return connect
 
 
-@dataclass(slots=True)
-class _Stream:
-    supervisor: Supervisor
-    lane: Lane
-    thread: threading.Thread
-
-
 class Pipeline:
     """All the threads between the cameras and the publishers.
 
     `warm_up`, `start`, then `close_intake`, `drain` and `join_sources`: in this order, each once, by one thread.
+    Between `start` and `close_intake`, `prepare` and `apply` follow a changed configuration, one at a time.
     """
 
     def __init__(
@@ -128,22 +131,22 @@ class Pipeline:
         keep_freed_memory()
         self._retry = retry
         self._ending = threading.Lock()
-        self._num_ended = 0
-        num_streams = Counter(config.model_of(stream) for stream in config.streams)
-        self._lanes = {
-            name: [Lane(name, config.models[name], device, deliver) for device in devices(config.models[name])[:count]]
-            for name, count in num_streams.items()
-        }
+        self._is_over = False
+        self._in_order = InOrder(deliver)
+        self._lanes = load(config, {}, self._in_order)
         self._workers: list[threading.Thread] = []
-        self._decoders = {lane.model.device: Decoders(lane.model.device) for lane in self.lanes}
-        self._streams: dict[str, _Stream] = {}
+        self._leaving: list[threading.Thread] = []  # of streams that were removed
+        self._decoders: dict[torch.device, Decoders] = {}
+        self._timelines: dict[str, Timeline] = {}  # by name, so that epochs go on where a stream comes back
+        self._examine_devices(self._lanes)
+        self._streams: dict[str, Stream] = {}  # never changed but replaced whole: other threads read it
         for name in config.streams:
-            self._streams[name] = self._make_stream(name)
+            self._streams |= {name: self._make_stream(name, self._streams)}
 
     @property
     def lanes(self) -> list[Lane]:
         """All lanes: one for each model and device."""
-        return [lane for lanes in self._lanes.values() for lane in lanes]
+        return flat(self._lanes)
 
     @property
     def specs(self) -> dict[str, ModelSpec]:
@@ -153,11 +156,19 @@ class Pipeline:
     @property
     def num_running(self) -> int:
         """Count the streams that deliver frames."""
-        return sum(stream.supervisor.status.state == StreamState.RUNNING for stream in self._streams.values())
+        return sum(stream.status.state == StreamState.RUNNING for stream in self._streams.values())
 
     def statuses(self) -> list[Status]:
         """Describe every stream as it is now."""
-        return [self._complete(stream.supervisor.status) for stream in self._streams.values()]
+        return [stream.status for stream in self._streams.values()]
+
+    def readings(self) -> list[StreamReading]:
+        """Say what every stream has counted."""
+        return [stream.reading for stream in self._streams.values()]
+
+    def meters(self) -> list[LaneMeter]:
+        """Say what every model has counted on each of its devices."""
+        return [lane.meter for lane in self.lanes]
 
     def first_frame(self, name: str) -> tuple[Frame, str]:
         """Connect a stream that was not started; return its first frame and its decoder. Raises SourceError."""
@@ -179,17 +190,52 @@ class Pipeline:
         """Run each model until its settings are chosen, then start its workers."""
         for lane in self.lanes:
             served = {name: self._config.streams[name] for name, stream in self._streams.items() if stream.lane is lane}
-            plan = lane.plan(served)
-            logger.info("model %s: %s on %s: %s", lane.name, lane.spec.name, lane.model.device, plan)
-            for name, work in lane.threads(plan).items():
-                worker = threading.Thread(target=self._guarded, args=(work,), name=name, daemon=True)
-                worker.start()
-                self._workers.append(worker)
+            self._start_workers(warm(lane, served))
 
     def start(self, names: Iterable[str] | None = None) -> None:
         """Start these streams, each once; all of them by default."""
         for name in self._streams if names is None else names:
-            self._streams[name].thread.start()
+            self._start_stream(self._streams[name])
+
+    def prepare(self, config: Config, changes: Changes) -> Prepared:
+        """Load and warm what a changed configuration needs; the data path goes on as it is.
+
+        Raises ModelError or ConfigError, and then nothing has changed.
+        """
+        try:
+            return self._prepare(config, changes)
+        except torch.OutOfMemoryError as err:
+            wanted = ", ".join((*changes.models.added, *changes.models.changed))
+            raise ModelError(f"not enough GPU memory for {wanted} beside the models at work: {err}") from err
+
+    def _prepare(self, config: Config, changes: Changes) -> Prepared:
+        unchanged = {name: lanes for name, lanes in self._lanes.items() if name not in changes.models.changed}
+        lanes = load(config, unchanged, self._in_order)
+        self._examine_devices(lanes)
+        for name in (*changes.streams.added, *changes.streams.changed, *changes.moved):
+            for lane in lanes[config.model_of(name)]:
+                self._decoders[lane.model.device].check(config.streams[name].decoder)
+        return Prepared(config, lanes, warm_new(config, lanes, self.lanes))
+
+    def apply(self, prepared: Prepared, changes: Changes) -> None:
+        """Go over to what was prepared; a stream that did not change notices nothing."""
+        before = self.lanes
+        self._config, self._lanes = prepared.config, prepared.lanes
+        for work in prepared.work:
+            self._start_workers(work)
+        stay_connected = [name for name in changes.moved if self._move(self._streams[name])]
+        anew = [*changes.streams.changed, *(name for name in changes.moved if name not in stay_connected)]
+        self._disconnect([self._streams[name] for name in (*changes.streams.removed, *anew)])
+        kept = {name: stream for name, stream in self._streams.items() if name in prepared.config.streams}
+        kept = {name: stream for name, stream in kept.items() if name not in anew}
+        made: dict[str, Stream] = {}
+        for name in (*changes.streams.added, *anew):
+            made[name] = self._make_stream(name, kept | made)
+        self._streams = {name: (kept | made)[name] for name in prepared.config.streams}
+        for stream in made.values():
+            self._start_stream(stream)
+        self._end_idle_lanes(before)
+        self._note_end()
 
     def close_intake(self) -> None:
         """Ask the streams to end and take no more frames; what waits is still processed."""
@@ -204,50 +250,84 @@ class Pipeline:
 
     def join_sources(self, deadline_s: float) -> list[str]:
         """Wait for the streams' threads; return those that did not end in time (a camera that hangs in a read)."""
-        late = _join([stream.thread for stream in self._streams.values()], deadline_s)
+        late = _join([stream.thread for stream in self._streams.values() if stream.thread] + self._leaving, deadline_s)
         for decoders in self._decoders.values():
             decoders.close()
         return late
 
-    def _make_stream(self, name: str) -> _Stream:
+    def _examine_devices(self, lanes: Lanes) -> None:
+        for lane in flat(lanes):
+            if lane.model.device not in self._decoders:
+                self._decoders[lane.model.device] = Decoders(lane.model.device)
+
+    def _start_workers(self, work: Work) -> None:
+        for name, run in work.items():
+            worker = threading.Thread(target=self._guarded, args=(run,), name=name, daemon=True)
+            worker.start()
+            self._workers.append(worker)
+
+    def _end_idle_lanes(self, before: list[Lane]) -> None:
+        """Let the lanes end that no stream uses any more; their workers still finish what they have begun."""
+        used = [stream.lane for stream in self._streams.values()]
+        self._lanes = {
+            name: left for name, lanes in self._lanes.items() if (left := [lane for lane in lanes if lane in used])
+        }
+        for lane in {*before, *self.lanes} - {*used}:
+            lane.batcher.close()
+        self._workers = [worker for worker in self._workers if worker.is_alive()]
+
+    def _make_stream(self, name: str, others: Mapping[str, Stream]) -> Stream:
         config = self._config.streams[name]
         lanes = self._lanes[self._config.model_of(name)]
-        lane = min(lanes, key=lambda lane: sum(stream.lane is lane for stream in self._streams.values()))
-        lane.batcher.add(name, lossless=config.is_file and config.pace == "fast")
-        supervisor = Supervisor(
-            stream=name,
-            policy=Policy(
-                fps=config.fps,
-                realtime=config.is_file and config.pace == "realtime",
-                loop=config.loop,
-                drop_corrupt=config.corrupt_frames == "drop",
-                retry=self._retry,
-                stall_timeout_s=config.stall_timeout_s,
-            ),
-            connect=connector(name, config, self._decoders[lane.model.device]),
-            hand_over=lane.batcher.offer,
-            on_status=lambda status: self._on_status(self._complete(status)),
-        )
-        # Daemon threads only so that a camera that hangs in FFmpeg cannot keep a stopped process alive.
-        thread = threading.Thread(
-            target=self._guarded, args=(lambda: self._run_stream(supervisor),), name=f"stream {name}", daemon=True
-        )
-        return _Stream(supervisor, lane, thread)
+        lane = min(lanes, key=lambda lane: sum(stream.lane is lane for stream in others.values()))
+        timeline = self._timelines.setdefault(name, Timeline())
+        connect = connector(name, config, self._decoders[lane.model.device], timeline)
+        return Stream(name, config, lane, connect, self._tell, retry=self._retry)
 
-    def _run_stream(self, supervisor: Supervisor) -> None:
+    def _start_stream(self, stream: Stream) -> None:
+        # Daemon threads only so that a camera that hangs in FFmpeg cannot keep a stopped process alive.
+        stream.thread = threading.Thread(
+            target=self._guarded, args=(lambda: self._run_stream(stream),), name=f"stream {stream.name}", daemon=True
+        )
+        stream.thread.start()
+
+    def _move(self, stream: Stream) -> bool:
+        """Send a stream's frames to its new model; False where that is on another device, so that it must reconnect."""
+        device = stream.lane.model.device
+        lanes = [lane for lane in self._lanes[self._config.model_of(stream.name)] if lane.model.device == device]
+        if lanes and stream.lane not in lanes:
+            stream.move(min(lanes, key=lambda lane: sum(other.lane is lane for other in self._streams.values())))
+        return bool(lanes)
+
+    def _disconnect(self, streams: list[Stream]) -> None:
+        for stream in streams:
+            stream.supervisor.stop()
+        self._leaving = [thread for thread in self._leaving if thread.is_alive()]
+        threads = [stream.thread for stream in streams if stream.thread]
+        if _join(threads, _LEAVE_S):
+            self._leaving += [thread for thread in threads if thread.is_alive()]
+        for stream in streams:
+            stream.leave()
+
+    def _run_stream(self, stream: Stream) -> None:
         with suppress(OSError):  # not allowed in some containers; then they compete
             setpriority(PRIO_PROCESS, threading.get_native_id(), _DECODER_NICENESS)
-        supervisor.run()
+        stream.supervisor.run()
+        stream.has_ended = True
+        self._note_end()
+
+    def _note_end(self) -> None:
+        """Say once that all streams have ended by themselves."""
         with self._ending:
-            self._num_ended += 1
-            is_last = self._num_ended == len(self._streams)
-        if is_last:
+            is_over = not self._is_over and all(stream.has_ended for stream in self._streams.values())
+            self._is_over |= is_over
+        if is_over:
             self._on_end()
 
-    def _complete(self, status: Status) -> Status:
-        """Add the frames that were dropped behind the supervisor's back."""
-        replaced = self._streams[status.stream].lane.batcher.num_dropped(status.stream)
-        return replace(status, dropped=status.dropped + replaced)
+    def _tell(self, stream: Stream, status: Status) -> None:
+        """Pass a status on, unless the stream was replaced by one that now speaks for the name."""
+        if self._streams.get(stream.name, stream) is stream:
+            self._on_status(stream.complete(status))
 
     def _guarded(self, target: Callable[[], None]) -> None:
         """Be the top of a thread: what nobody expected ends the daemon, with a trace, instead of one thread."""

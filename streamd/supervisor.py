@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -13,6 +14,7 @@ from typing import Protocol
 from streamd.backoff import Backoff
 from streamd.errors import SourceError
 from streamd.messages import Frame, Status, StreamState
+from streamd.metrics.readings import StreamReading
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,11 @@ class Connection(Protocol):
     @property
     def decoder(self) -> str:
         """Which decoder is at work, and why; it may change while frames come."""
+        ...
+
+    @property
+    def num_packets(self) -> int:
+        """Count the access units that were read."""
         ...
 
     def frames(self) -> Iterator[Frame | None]:
@@ -77,14 +84,34 @@ class Supervisor:
         self._thinning = _Thinning(policy.fps)
         self._num_connections = 0
         self._running_since_s = math.inf  # of this connection
+        self._num_packets = 0  # of all connections
         self._num_skipped_late = 0
         self._num_corrupt = 0
+        self._num_thinned = 0
+        self._num_failures: Counter[str] = Counter()
+        self._newest_frame_s: float | None = None
         self._status = Status(stream, StreamState.CONNECTING, "", "", time.time(), None, 0, 0, 0, 0)
 
     @property
     def status(self) -> Status:
         """The state as last published, with present counts. `dropped` holds what this stage dropped itself."""
         return self._described(self._status.state, self._status.reason, self._status.retry_in_s, self._status.at)
+
+    @property
+    def reading(self) -> StreamReading:
+        """Everything that this stage counts, as it is now."""
+        newest_s = self._newest_frame_s
+        return StreamReading(
+            status=self.status,
+            num_packets=self._num_packets,
+            num_dropped={
+                "corrupt": self._num_corrupt,
+                "late": self._num_skipped_late,
+                "thinned": self._num_thinned,
+            },
+            num_failures=dict(self._num_failures),
+            newest_age_s=None if newest_s is None else self._clock() - newest_s,
+        )
 
     def stop(self) -> None:
         """Ask the thread to end; it does within the read time-out at the latest."""
@@ -98,6 +125,7 @@ class Supervisor:
                 if not self._policy.loop:
                     break
             except SourceError as err:
+                self._num_failures[err.state] += 1
                 if not self._policy.retry:
                     self._enter(StreamState(err.state), str(err))
                     return
@@ -119,10 +147,12 @@ class Supervisor:
             connection.close()
 
     def _read(self, connection: Connection) -> None:
+        packets_before = self._num_packets
         last_frame_s = self._clock()
         pace = _Pace(self._clock, self._wait) if self._policy.realtime else None
         last: Frame | None = None
         for frame in connection.frames():
+            self._num_packets = packets_before + connection.num_packets
             if self._stop.is_set():
                 return
             now = self._clock()
@@ -130,7 +160,7 @@ class Supervisor:
                 if last is not None and now - last_frame_s > self._policy.stall_timeout_s:
                     raise SourceError(f"packets come, but no frame for {now - last_frame_s:.1f} s", "stalled")
                 continue
-            last_frame_s = now
+            last_frame_s = self._newest_frame_s = now
             self._next_seq = frame.seq + 1
             if frame.corrupt and self._policy.drop_corrupt:
                 self._num_corrupt += 1
@@ -148,7 +178,9 @@ class Supervisor:
                 if pace.wait_for(frame, self._stop):
                     return
                 frame = _arriving_now(frame)
-            if self._thinning.admits(frame) and not self._hand_over(frame):
+            if not self._thinning.admits(frame):
+                self._num_thinned += 1
+            elif not self._hand_over(frame):
                 self._stop.set()
                 return
             last_frame_s = self._clock()  # a hand-over that waits for the model is no stall of the source

@@ -22,7 +22,7 @@ WINDOW_S = 5.0  # over which rates, latencies and shares are measured
 REFRESH_S = 0.25
 MAX_LATENCY_S = 60.0  # more, or less than none, is a camera whose clock is wrong
 
-_COLOURS: dict[str, str] = {
+COLOURS: dict[str, str] = {
     StreamState.CONNECTING: "yellow",
     StreamState.WAITING_KEYFRAME: "yellow",
     StreamState.ENDED: "dim",
@@ -191,7 +191,7 @@ def _state(row: StreamRow, now_s: float) -> Text:
         is_silent = silent_s > WINDOW_S
         return Text(f"silent {silent_s:.0f} s", style="yellow") if is_silent else Text(state, style="green")
     name = "no keyframe" if state == StreamState.WAITING_KEYFRAME else state
-    return Text(name, style=_COLOURS.get(state, "red"))
+    return Text(name, style=COLOURS.get(state, "red"))
 
 
 def _objects(message: DetectionsMessage | None) -> Text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +22,15 @@ from tests.rtsp import RtspServer, encode_clip, is_h264, missing_for_rtsp
 ROOT = Path(__file__).parents[1]
 
 StartRtsp = Callable[..., RtspServer]
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """Put the level of the log back, which commands set."""
+    root = logging.getLogger()
+    before = root.level
+    yield
+    root.setLevel(before)
 
 
 @pytest.fixture(scope="session")

@@ -80,6 +80,7 @@ class FakeConnection:
     def __init__(self, script: Iterable[Step]) -> None:
         self._script = script
         self.closed = False
+        self.num_packets = 0
 
     def frames(self) -> Iterator[Frame | None]:
         for step in self._script:
@@ -88,6 +89,7 @@ class FakeConnection:
             if callable(step):
                 step()
             else:
+                self.num_packets += 1
                 yield step
 
     def close(self) -> None:

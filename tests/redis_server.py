@@ -23,11 +23,15 @@ def missing_for_redis() -> str:
 
 
 class RedisServer:
-    """Run redis-server on 127.0.0.1; `kill` and `start` play an outage, and its data are gone after it."""
+    """Run redis-server on 127.0.0.1; `kill` and `start` play an outage.
 
-    def __init__(self, *, password: str = "") -> None:
+    Its data are gone after it, unless `durable_in` names a folder: then each write is on the disk before its answer.
+    """
+
+    def __init__(self, *, password: str = "", durable_in: Path | None = None) -> None:
         self.port = free_port()
         self.password = password
+        self._durable_in = durable_in
         self._process: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
 
@@ -49,12 +53,13 @@ class RedisServer:
 
     def start(self) -> None:
         """Start on the same port as before, and return when clients can connect."""
-        self._folder = Path(tempfile.mkdtemp(prefix="redis-"))
+        self._folder = self._durable_in or Path(tempfile.mkdtemp(prefix="redis-"))
         options = {
             "bind": "127.0.0.1",
             "port": str(self.port),
             "save": "",
-            "appendonly": "no",
+            "appendonly": "yes" if self._durable_in else "no",
+            "appendfsync": "always",
             "dir": str(self._folder),
         }
         if self.password:
@@ -85,7 +90,7 @@ class RedisServer:
         else:
             process.terminate()
         process.wait(DEADLINE_S)
-        if self._folder:
+        if self._folder and not self._durable_in:
             shutil.rmtree(self._folder)
 
 

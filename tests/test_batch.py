@@ -304,3 +304,30 @@ def test_many_threads_neither_lose_a_file_s_frame_nor_get_one_twice_nor_hang() -
         assert sum(name == stream for name, _ in taken) == 1000
     for stream in cameras:
         assert sum(name == stream for name, _ in taken) + batcher.num_dropped(stream) == 1000
+
+
+def test_a_stream_that_moves_takes_along_what_waits_and_its_count() -> None:
+    old, new = Batcher(), Batcher()
+    old.add("gate")
+    first, second, third = make_frames(3)
+    assert old.offer(first) and old.offer(second)
+    new.adopt("gate", old.release("gate"))
+    assert not old.offer(third), "it is not there any more"
+    assert old.num_dropped("gate") == new.num_dropped("gate") == 1, "frames on their way still need the count"
+    assert new.take(4) == [second]
+    assert new.offer(third) and new.take(4) == [third]
+
+
+def test_who_waits_for_room_hears_that_the_stream_moved() -> None:
+    old, new = Batcher(), Batcher()
+    old.add("clip", lossless=True)
+    frames = make_frames(9, "clip")
+    assert all(old.offer(frame) for frame in frames[:8])
+    answers: list[bool] = []
+
+    def wait_for_room() -> None:
+        answers.append(old.offer(frames[8]))
+
+    in_threads([wait_for_room, lambda: new.adopt("clip", old.release("clip"))])
+    assert answers == [False]
+    assert new.take(9) == list(frames[:8])

@@ -43,7 +43,7 @@ def test_the_full_configuration_states_every_key_with_its_default() -> None:
     assert list(model) == list(ModelConfig.model_fields), "in the same order"
     assert list(stream) == ["url"] == [key for key, field in StreamConfig.model_fields.items() if field.is_required()]
     assert redis == {"url": redis["url"], **defaults_of(RedisConfig)}
-    assert {key: written[key] for key in ("defaults", "publish", "metrics")} == defaults_of(Config)
+    assert {key: written[key] for key in ("defaults", "publish", "metrics", "control")} == defaults_of(Config)
     assert set(written) == set(Config.model_fields)
     assert list(written["defaults"]) == list(StreamDefaults.model_fields)
 

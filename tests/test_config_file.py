@@ -119,7 +119,7 @@ def test_defaults_for_files_do_not_forbid_cameras() -> None:
 
 def test_a_key_without_a_near_one_names_the_known_ones() -> None:
     (problem,) = problems_of("models: {m: {path: m.pt}}\nstreams: {s: {url: a}}\nmetrics: {zzz: 1}\n")
-    assert problem == "line 3: metrics: unknown key 'zzz' (known are log_interval_s)"
+    assert problem == "line 3: metrics: unknown key 'zzz' (known are log_interval_s, insecure, listen)"
 
 
 @pytest.mark.parametrize(

@@ -88,3 +88,14 @@ def test_two_workers_that_finish_out_of_order_deliver_in_order(delivered: Delive
     in_threads([*(partial(offer_all, stream) for stream in streams), partial(work, 1), partial(work, 2), close])
     for stream in streams:
         assert [seq for name, seq in delivered.names if name == stream] == list(range(200))
+
+
+def test_a_stream_that_counts_from_zero_again_is_not_taken_for_the_one_before(delivered: Delivered) -> None:
+    in_order = InOrder(delivered)
+    before, after = make_frame(seq=0, epoch=0), make_frame(seq=0, epoch=1)
+    in_order.expect([before])
+    in_order.expect([after])
+    in_order.complete([make_result(after)])
+    assert delivered.names == [], "the earlier one is still on its way"
+    in_order.complete([make_result(before)])
+    assert len(delivered.names) == 2

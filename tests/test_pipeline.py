@@ -7,12 +7,14 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from streamd.announce import Announcer
+from streamd.changes import difference
 from streamd.config import Config
 from streamd.errors import ConfigError
 from streamd.messages import Frame, Result
@@ -154,3 +156,42 @@ def test_of_a_stream_that_is_to_give_key_frames_only_nothing_else_is_decoded(two
     assert [(frame.seq, round(frame.pts_s * 25), frame.keyframe) for frame in found] == [
         (index, index * 5, True) for index in range(4)
     ]
+
+
+def test_streams_move_to_another_version_of_their_model_without_losing_or_reordering_a_frame(
+    two_squares: Path, demo_clip: Path, tmp_path: Path
+) -> None:
+    results: dict[str, list[Result]] = defaultdict(list)
+    halfway, ended = threading.Event(), threading.Event()
+
+    def deliver(result: Result) -> None:
+        results[result.frame.stream].append(result)
+        if result.frame.seq == 100:
+            halfway.set()
+
+    newer = tmp_path / "newer.pt"
+    artifact.export(TwoSquares(), msgspec.structs.replace(artifact.read_spec(two_squares), name="newer"), newer)
+    old, new = (make_config(path, {"one": demo_clip, "two": demo_clip}, workers=2) for path in (two_squares, newer))
+    crashes: list[Exception] = []
+    pipeline = Pipeline(old, deliver, on_crash=crashes.append, on_end=ended.set)
+    pipeline.warm_up()
+    [before] = pipeline.lanes
+    changes = difference(old, new)
+    prepared = pipeline.prepare(new, changes)
+    assert pipeline.lanes == [before], "nothing has changed yet"
+    pipeline.start()
+    assert halfway.wait(WITHIN_S)
+    pipeline.apply(prepared, changes)
+    [after] = pipeline.lanes
+    assert after is not before
+    assert ended.wait(WITHIN_S)
+    pipeline.close_intake()
+    assert pipeline.drain(WITHIN_S) == []
+    assert pipeline.join_sources(WITHIN_S) == []
+    assert crashes == []
+    for delivered in results.values():
+        assert [result.frame.seq for result in delivered] == list(range(250))
+        assert all(result.dropped == 0 for result in delivered)
+        versions = [result.spec.name for result in delivered if result.spec is not None]
+        assert versions == sorted(versions, reverse=True), "the old version does not come back"
+        assert set(versions) == {"two_squares", "newer"}

@@ -129,7 +129,7 @@ def test_many_pictures_start_few_threads_and_load_the_model_once(
         counts.append(sum(other.name.startswith("stream") for other in threading.enumerate()))
 
     monkeypatch.setattr(threading.Thread, "start", counted_start)
-    with caplog.at_level(logging.INFO, logger="streamd.pipeline"):
+    with caplog.at_level(logging.INFO, logger="streamd"):
         messages = messages_of(untrained_artifact, tmp_path)
     assert len(messages) == 120
     assert max(counts) <= 16, "eight, and those that are just ending"

@@ -224,7 +224,8 @@ def assert_same(output: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert set(output) == set(expected)
     assert output["scores"].isfinite().any(dim=1).all()
     for name, tensor in expected.items():
-        torch.testing.assert_close({name: output[name]}, {name: tensor}, rtol=1e-4, atol=1e-4)
+        # A trace pools in another order than the network, and a cascade multiplies what rounding leaves.
+        torch.testing.assert_close({name: output[name]}, {name: tensor}, rtol=1e-4, atol=artifact.TOLERANCE)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

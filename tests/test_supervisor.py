@@ -404,3 +404,24 @@ def test_stopping_a_real_thread_takes_no_time(where: str) -> None:
     in_threads([supervisor.run, stop_soon])
     assert supervisor.status.state == StreamState.ENDED
     assert took_s[0] < 1.0
+
+
+def test_the_reading_counts_packets_drops_and_failures_over_all_connections() -> None:
+    first = [make_frame(seq=0), None, make_frame(seq=1, corrupt=True), SourceError("silent", "stalled")]
+    second = [make_frame(seq=2, pts_s=1.0, epoch=1), make_frame(seq=3, pts_s=1.0, epoch=1), None]
+    watched = Watched(first, SourceError("refused", "unreachable"), second)
+    assert watched.supervisor.reading.newest_age_s is None
+    watched.run()
+    reading = watched.supervisor.reading
+    assert reading.num_packets == 6
+    assert reading.num_dropped == {"corrupt": 1, "late": 1, "thinned": 0}
+    assert reading.num_failures == {"stalled": 1, "unreachable": 1}
+    assert reading.status.reconnects == 1
+    watched.clock.advance(7)
+    assert reading.newest_age_s is not None
+    assert watched.supervisor.reading.newest_age_s == reading.newest_age_s + 7
+
+
+def test_frames_over_fps_are_counted_as_thinned() -> None:
+    watched = run(make_frames(50, fps=25), Policy(fps=5))
+    assert watched.supervisor.reading.num_dropped["thinned"] == 50 - len(watched.handed) == 40

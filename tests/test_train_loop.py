@@ -20,6 +20,8 @@ from torch import Tensor
 from streamd.errors import ConfigError, DataError
 from streamd.infer import Model
 from streamd.models import artifact
+from streamd.models.weights import yolox_spec
+from streamd.models.yolox import yolox_nano
 from streamd.train import recipe as recipes
 from streamd.train.loop import train
 from tests.coco_folder import LABELS, write_coco
@@ -27,7 +29,7 @@ from tests.coco_folder import LABELS, write_coco
 ROOT = Path(__file__).parents[1]
 RECIPE = """
 name: shapes
-model: {{start: yolox_nano, weights: none, input_size: [64, 96]{model}}}
+model: {{{model}}}
 data:
   train: {{path: data/instances.json}}
   val: {{path: data/instances.json}}
@@ -40,6 +42,9 @@ evaluate_every: 3
 seed: 7
 """
 
+FROM_NOTHING = "start: yolox_nano, weights: none, input_size: [64, 96]"
+SEGMENTER = f"{FROM_NOTHING}, prototypes: 4"
+
 MakeRecipe = Callable[..., Path]
 
 
@@ -47,13 +52,23 @@ MakeRecipe = Callable[..., Path]
 def make_recipe(tmp_path: Path) -> MakeRecipe:
     """Write the data and a recipe; what is given goes into its `model:`."""
 
-    def make(model: str = "", num_pictures: int = 16) -> Path:
+    def make(model: str = FROM_NOTHING, num_pictures: int = 16) -> Path:
         write_coco(tmp_path / "data", num_pictures)
         path = tmp_path / "shapes.yaml"
         path.write_text(RECIPE.format(model=model))
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def segmenter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Export an untrained network, whose norms a recipe can freeze."""
+    torch.manual_seed(0)
+    network = yolox_nano(num_classes=len(LABELS), num_prototypes=4, input_size=(64, 96)).eval()
+    path = tmp_path_factory.mktemp("models") / "segmenter.pt"
+    artifact.export(network, yolox_spec("yolox_nano", network, LABELS), path)
+    return path
 
 
 def run(recipe: Path, out: Path, *overrides: str, resume: bool = False, publish: str | None = None) -> str:
@@ -110,7 +125,7 @@ def test_run_leaves_everything_that_is_needed_to_repeat_and_to_judge_it(
 ) -> None:
     monkeypatch.setenv("STREAMD_MODELS", str(tmp_path / "models"))
     out = tmp_path / "run"
-    shown = run(make_recipe(", prototypes: 4"), out, publish="shapes-live")
+    shown = run(make_recipe(SEGMENTER), out, publish="shapes-live")
     for name in ("recipe.yaml", "run.json", "metrics.jsonl", "last.ckpt", "best.ckpt", "shapes.pt", "scores.json"):
         assert (out / name).stat().st_size > 0, name
     for name in ("curves.png", "precision_recall.png", "confusion.png"):
@@ -140,7 +155,7 @@ def test_same_seed_gives_the_same_run_and_another_gives_another(make_recipe: Mak
 
 @pytest.mark.slow
 def test_run_that_is_killed_again_and_again_comes_to_the_same_result(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe, out = make_recipe(", prototypes: 4"), tmp_path / "killed"
+    recipe, out = make_recipe(SEGMENTER), tmp_path / "killed"
     run(recipe, tmp_path / "whole", "keep_every_s=0.0001")
     for num_steps in (2, 5, 9):
         process = subprocess.Popen(
@@ -176,8 +191,8 @@ def test_signal_stops_a_run_after_its_step_and_says_how_it_goes_on(make_recipe: 
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_loss_curve_of_one(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe = make_recipe(", prototypes: 4, norms: freeze")
+def test_two_processes_give_the_loss_curve_of_one(make_recipe: MakeRecipe, segmenter: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(f"start: {segmenter}, norms: freeze")
     run(recipe, tmp_path / "one")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = command(recipe, tmp_path / "two")[1:]
@@ -188,8 +203,37 @@ def test_two_processes_give_the_loss_curve_of_one(make_recipe: MakeRecipe, tmp_p
         torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_batch_in_two_parts_gives_what_the_whole_gives(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe = make_recipe(", prototypes: 4, norms: freeze")
+@pytest.mark.slow
+def test_processes_start_again_and_go_on_when_one_of_them_is_killed(
+    make_recipe: MakeRecipe, segmenter: Path, tmp_path: Path
+) -> None:
+    recipe, out = make_recipe(f"start: {segmenter}, norms: freeze"), tmp_path / "two"
+    run(recipe, tmp_path / "one")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun += ["--max-restarts", "1", "--monitor-interval", "0.2"]
+    process = subprocess.Popen(
+        [*torchrun, *command(recipe, out, "keep_every_s=0.0001")[1:]],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for_steps(out, 3, process)
+    os.kill(children_of(process.pid)[1], signal.SIGKILL)
+    shown, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, shown
+    assert "going on at epoch" in shown
+    assert losses(out) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_batch_in_two_parts_gives_what_the_whole_gives(
+    make_recipe: MakeRecipe, segmenter: Path, tmp_path: Path
+) -> None:
+    recipe = make_recipe(f"start: {segmenter}, norms: freeze")
     run(recipe, tmp_path / "whole", "batch_size=8", "epochs=2", "evaluate_every=2")
     run(recipe, tmp_path / "parts", "batch_size=8", "epochs=2", "evaluate_every=2", "accumulate=2")
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
@@ -197,8 +241,8 @@ def test_batch_in_two_parts_gives_what_the_whole_gives(make_recipe: MakeRecipe, 
         torch.testing.assert_close(weights(tmp_path / "parts")[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_half_precision_falls_like_full_precision(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    recipe = make_recipe()
+def test_half_precision_falls_like_full_precision(make_recipe: MakeRecipe, segmenter: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(f"start: {segmenter}, norms: freeze")
     run(recipe, tmp_path / "fp32", "epochs=2", "evaluate_every=2")
     run(recipe, tmp_path / "bf16", "epochs=2", "evaluate_every=2", "precision=bf16")
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=0.05)

@@ -57,7 +57,7 @@ def test_paths_of_overrides_are_taken_from_the_working_directory(
 
 
 def test_overrides_replace_values_of_every_kind(plain: Path) -> None:
-    overrides = ["epochs=7", "optimizer.lr=0.5", "augment.mosaic=0.25", "model.input_size=[64, 96]", "ema=0"]
+    overrides = ["epochs=7", "optimizer.lr=5e-1", "augment.mosaic=0.25", "model.input_size=[64, 96]", "ema=0"]
     recipe = recipes.load(plain, overrides)
     assert (recipe.epochs, recipe.optimizer.lr, recipe.augment.mosaic, recipe.ema) == (7, 0.5, 0.25, 0)
     assert recipe.model.input_size == (64, 96)

@@ -11,17 +11,20 @@ from typing import Any, Protocol
 
 import redis
 from redis.client import PubSub
+from redis.cluster import RedisCluster
 
 from streamd.backoff import Backoff
 from streamd.errors import SubscribeError
 from streamd.feeds import Received, from_name
+from streamd.feeds.repeats import Repeats
 from streamd.redact import redact
-from streamd.redis_connection import explain, make_client
+from streamd.redis_connection import REDIS_ERRORS, Client, explain, make_client
 from streamd.wire import Kind, channel, stream_key
 
 REPLY_TIMEOUT_S = 5.0
 MAX_BLOCK_S = 2.0  # of one XREAD, well under the reply time-out; also how often new streams are looked for
 MAX_ENTRIES = 100  # a stream and XREAD
+CLUSTER_POLL_S = 0.05
 
 _ENTRY_ID = re.compile(r"\d+(-\d+)?")
 
@@ -38,7 +41,7 @@ class Reader(Protocol):
 class RedisFeed:
     """A reader whose lost connection is made again, with back-off."""
 
-    def __init__(self, where: str, client: redis.Redis, reader: Reader) -> None:
+    def __init__(self, where: str, client: Client, reader: Reader) -> None:
         self._where = where
         self._client = client
         self._reader = reader
@@ -51,11 +54,11 @@ class RedisFeed:
             received = self._reader.read(timeout_s)
         except redis.AuthenticationError as err:
             raise _error(self._where, err) from err
-        except (redis.ConnectionError, redis.TimeoutError):
+        except (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ClusterDownError):
             self._reader.forget_connection()
             self._closed.wait(min(self._backoff.next_delay_s(), max(0.0, deadline - time.monotonic())))
             return None
-        except redis.RedisError as err:
+        except REDIS_ERRORS as err:
             raise _error(self._where, err) from err
         self._backoff.reset()
         return received
@@ -72,7 +75,7 @@ def open_channels(url: str, stream: str | None, kinds: Sequence[Kind]) -> RedisF
     reader = ChannelReader(client, stream, kinds)
     try:
         reader.subscribe()
-    except redis.RedisError as err:
+    except REDIS_ERRORS as err:
         client.close()
         raise _error(redact(url), err) from err
     return RedisFeed(redact(url), client, reader)
@@ -90,7 +93,7 @@ def open_streams(url: str, stream: str | None, kinds: Sequence[Kind], since: str
 class ChannelReader:
     """Pub/sub: what is published while nobody is connected is lost."""
 
-    def __init__(self, client: redis.Redis, stream: str | None, kinds: Sequence[Kind]) -> None:
+    def __init__(self, client: Client, stream: str | None, kinds: Sequence[Kind]) -> None:
         self._client = client
         self._stream = stream
         self._kinds = kinds
@@ -137,9 +140,12 @@ class ChannelReader:
 
 
 class StreamReader:
-    """Redis Streams: each read goes on where the last one ended, so an outage loses nothing that Redis keeps."""
+    """Redis Streams: each read goes on where the last one ended, so an outage loses nothing that Redis keeps.
 
-    def __init__(self, client: redis.Redis, stream: str | None, kinds: Sequence[Kind], since: str) -> None:
+    What "at least once" has written twice is read once.
+    """
+
+    def __init__(self, client: Client, stream: str | None, kinds: Sequence[Kind], since: str) -> None:
         self._client = client
         self._kinds = kinds
         self._pending: deque[Received] = deque()
@@ -147,7 +153,8 @@ class StreamReader:
         self._looks_for_streams = stream is None
         self._since = since  # of the streams that the next look finds
         self._next_look = float("-inf")
-        self._nothing_yet = threading.Event()  # never set: a wait for the first stream
+        self._nothing_yet = threading.Event()  # never set: a wait for the first stream, or in a Cluster for an entry
+        self._repeats = Repeats()
 
     def read(self, timeout_s: float) -> Received | None:
         if not self._pending:
@@ -157,7 +164,10 @@ class StreamReader:
         return self._pending.popleft() if self._pending else None
 
     def forget_connection(self) -> None:
-        self._client.connection_pool.disconnect()
+        if isinstance(self._client, RedisCluster):
+            self._client.disconnect_connection_pools()
+        else:
+            self._client.connection_pool.disconnect()
 
     def _look_for_streams(self) -> None:
         for key in self._client.scan_iter(match=stream_key("*"), count=1000, _type="stream"):
@@ -169,14 +179,35 @@ class StreamReader:
         if not self._positions:
             self._nothing_yet.wait(timeout_s)
             return
-        block_ms = round(timeout_s * 1000) or None  # 0 would block for ever
-        positions: dict[Any, Any] = dict(self._positions)
-        reply: Any = self._client.xread(positions, count=MAX_ENTRIES, block=block_ms)
-        for key, entries in reply or ():
+        for key, entries in self._read_one_by_one(timeout_s) if self._is_cluster else self._read_at_once(timeout_s):
             name = key.decode(errors="replace")
             for entry_id, fields in entries:
                 self._positions[name] = entry_id.decode()
-                self._put_aside(name, entry_id.decode(), fields)
+                if not self._repeats.has(name, fields.get(b"id", b"").decode(errors="replace")):
+                    self._put_aside(name, entry_id.decode(), fields)
+
+    @property
+    def _is_cluster(self) -> bool:
+        return isinstance(self._client, RedisCluster)
+
+    def _read_at_once(self, timeout_s: float) -> list[Any]:
+        block_ms = round(timeout_s * 1000) or None  # 0 would block for ever
+        positions: dict[Any, Any] = dict(self._positions)
+        reply: Any = self._client.xread(positions, count=MAX_ENTRIES, block=block_ms)
+        return reply or []
+
+    def _read_one_by_one(self, timeout_s: float) -> list[Any]:
+        """Read in a Cluster, where one XREAD cannot ask several nodes nor wait for them."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            found: list[Any] = []
+            for key, position in self._positions.items():
+                reply: Any = self._client.xread({key: position}, count=MAX_ENTRIES)
+                found += reply or []
+            remaining_s = deadline - time.monotonic()
+            if found or remaining_s <= 0:
+                return found
+            self._nothing_yet.wait(min(CLUSTER_POLL_S, remaining_s))
 
     def _put_aside(self, key: str, entry_id: str, fields: dict[bytes, bytes]) -> None:
         kind = fields.get(b"kind", b"").decode(errors="replace")
@@ -185,15 +216,17 @@ class StreamReader:
             self._pending.append(received._replace(entry_id=entry_id))
 
 
-def _connect(url: str) -> redis.Redis:
+def _connect(url: str) -> Client:
     """Return a client that has reached its server: a mistake of the user shows at once."""
     try:
         client = make_client(url, REPLY_TIMEOUT_S)
     except ValueError as err:
         raise SubscribeError(f"cannot subscribe to {redact(url)}: {err}") from err
+    except REDIS_ERRORS as err:
+        raise _error(redact(url), err) from err
     try:
         client.ping()
-    except redis.RedisError as err:
+    except REDIS_ERRORS as err:
         client.close()
         raise _error(redact(url), err) from err
     return client

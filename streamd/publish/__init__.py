@@ -28,6 +28,7 @@ class Outgoing:
     stream: str
     kind: Kind
     payload: bytes
+    stored: bool = False  # goes into its Redis Stream by the spool
 
 
 class Sink(Protocol):
@@ -48,6 +49,33 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Release everything, within a second or so."""
+
+
+class Carrier(Protocol):
+    """A publisher of either kind: live, or stored on its way."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def queue_size(self) -> int: ...
+    @property
+    def num_queued(self) -> int: ...
+    @property
+    def num_sent(self) -> int: ...
+    @property
+    def num_dropped(self) -> int: ...
+    @property
+    def healthy(self) -> bool: ...
+    @property
+    def sending_for_s(self) -> float: ...
+
+    def start(self) -> None: ...
+
+    def put(self, outgoing: Outgoing) -> None: ...
+
+    def resize(self, queue_size: int) -> None: ...
+
+    def stop(self, deadline_s: float) -> None: ...
 
 
 class Publisher:
@@ -85,6 +113,20 @@ class Publisher:
         self._journal = _Journal(sink.name)
 
     @property
+    def name(self) -> str:
+        """What the operator knows the sink by, without a secret."""
+        return self._sink.name
+
+    @property
+    def queue_size(self) -> int:
+        """The most messages that wait."""
+        return self._queue_size
+
+    @property
+    def num_queued(self) -> int:
+        return len(self._queue)
+
+    @property
     def num_sent(self) -> int:
         return self._num_sent
 
@@ -109,10 +151,15 @@ class Publisher:
         self._sink.open()
         self._thread.start()
 
+    def resize(self, queue_size: int) -> None:
+        """Let so many messages wait from the next one on."""
+        with self._condition:
+            self._queue_size = queue_size
+
     def put(self, outgoing: Outgoing) -> None:
         """Queue a message and return at once, from any thread; a full queue loses its oldest."""
         with self._condition:
-            if len(self._queue) >= self._queue_size:
+            while len(self._queue) >= self._queue_size:
                 self._queue.popleft()
                 self._num_dropped += 1
             self._queue.append(outgoing)

@@ -77,6 +77,23 @@ class Run:
             raise DataError(f"{path}: is the state of another run: {err}") from err
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Session:
+    """What a run has around it in this process."""
+
+    recipe: Recipe
+    loader: Loader
+    val: DataSet
+    folder: RunFolder
+    group: Processes
+    stop: StopSignal
+    screen: Screen
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.loader) // self.recipe.accumulate
+
+
 def train(recipe: Recipe, out: Path, console: Console, *, resume: bool = False, publish: str | None = None) -> int:
     """Do the run of a recipe in the folder `out`; return the exit code: 0, or 128 + the signal that stopped it.
 
@@ -93,13 +110,14 @@ def train(recipe: Recipe, out: Path, console: Console, *, resume: bool = False, 
         start = networks.start(recipe.model, sets["train"])
         losses.check(start.network, start.spec, sets["train"])
         with closing(make_loader(recipe, sets["train"], start.spec, group)) as loader:
+            session = Session(recipe, loader, sets["val"], folder, group, stop, screen)
             run = begin(recipe, start, loader, group.device, goes_on=goes_on)
             if goes_on:
                 run.load(checkpoint.load(folder.last), folder.last)
-            screen.show_start(start, run.progress, recipe, len(loader) // recipe.accumulate, group)
+            screen.show_start(start, run.progress, recipe, session.steps_per_epoch, group)
             if group.is_first:
                 folder.describe(recipe, sets, group.count)
-            if not learn(run, recipe, loader, sets["val"], folder, group, stop, screen):
+            if not learn(run, session):
                 assert stop.number is not None
                 screen.show_stop(folder, run.progress)
                 return 128 + stop.number
@@ -150,45 +168,41 @@ def begin(recipe: Recipe, start: networks.Start, loader: Loader, device: torch.d
     return Run(network, start.spec, frozen, Average(network, recipe.ema), optimizer, scaler, Progress())
 
 
-def learn(
-    run: Run,
-    recipe: Recipe,
-    loader: Loader,
-    val: DataSet,
-    folder: RunFolder,
-    group: Processes,
-    stop: StopSignal,
-    screen: Screen,
-) -> bool:
+def learn(run: Run, session: Session) -> bool:
     """Run all epochs that are left; return whether they are done, or a signal came first."""
-    progress = run.progress
+    recipe, group, progress = session.recipe, session.group, run.progress
     module = wrap(run, recipe, group)
-    log = Log(folder, progress.step) if group.is_first else None
-    steps_per_epoch = len(loader) // recipe.accumulate
+    with closing(Log(session.folder, progress.step)) if group.is_first else nullcontext() as log:
+        for epoch in range(progress.epoch, recipe.epochs):
+            if not _learn_epoch(run, module, session, log):
+                return False
+            progress.epoch, progress.batch = epoch + 1, 0
+            if (epoch + 1) % recipe.evaluate_every == 0 or epoch + 1 == recipe.epochs:
+                _measure(run, session, log)
+            _keep(run, session)
+    return True
+
+
+def _learn_epoch(run: Run, module: nn.Module, session: Session, log: Log | None) -> bool:
+    """Run what is left of an epoch; return False if a signal came first, with the state kept."""
+    recipe, group, progress, num_steps = session.recipe, session.group, run.progress, session.steps_per_epoch
     kept_at = time.monotonic()
-    for epoch in range(progress.epoch, recipe.epochs):
-        with screen.epoch(epoch, recipe.epochs, steps_per_epoch, progress.batch // recipe.accumulate) as show:
-            batches = itertools.islice(loader.batches(epoch, progress.batch), steps_per_epoch * recipe.accumulate)
-            for parts in _grouped(batches, recipe.accumulate):
-                values = step(run, module, parts, recipe, group, steps_per_epoch)
-                progress.step += 1
-                progress.batch += recipe.accumulate
-                if log:
-                    log.write(progress.step, {"epoch": progress.step / steps_per_epoch, **values})
-                show(values)
-                is_stopped = group.any_of(stop.number is not None)
-                if is_stopped or time.monotonic() - kept_at > recipe.keep_every_s:
-                    _keep(run, folder, group)
-                    kept_at = time.monotonic()
-                if is_stopped:
-                    return False
-        progress.epoch, progress.batch = epoch + 1, 0
-        if (epoch + 1) % recipe.evaluate_every == 0 or epoch + 1 == recipe.epochs:
-            _measure(run, recipe, val, folder, group, log, screen)
-        _keep(run, folder, group)
-        kept_at = time.monotonic()
-    if log:
-        log.close()
+    batches = session.loader.batches(progress.epoch, progress.batch)
+    whole_steps = itertools.islice(batches, num_steps * recipe.accumulate - progress.batch)
+    with session.screen.epoch(progress.epoch, recipe.epochs, num_steps, progress.batch // recipe.accumulate) as show:
+        for parts in _grouped(whole_steps, recipe.accumulate):
+            values = step(run, module, parts, recipe, group, num_steps)
+            progress.step += 1
+            progress.batch += recipe.accumulate
+            if log:
+                log.write(progress.step, {"epoch": progress.step / num_steps, **values})
+            show(values)
+            is_stopped = group.any_of(session.stop.number is not None)
+            if is_stopped or time.monotonic() - kept_at > recipe.keep_every_s:
+                _keep(run, session)
+                kept_at = time.monotonic()
+            if is_stopped:
+                return False
     return True
 
 
@@ -265,29 +279,26 @@ def _need_finite(means: Tensor, names: Sequence[str], is_scaled: bool, index: in
     )
 
 
-def _measure(
-    run: Run, recipe: Recipe, val: DataSet, folder: RunFolder, group: Processes, log: Log | None, screen: Screen
-) -> None:
+def _measure(run: Run, session: Session, log: Log | None) -> None:
     """Evaluate the averaged weights through the daemon's code, and keep them if they are the best so far."""
-    if group.is_first:
-        assert log is not None
+    if log:
         progress = run.progress
-        scores = evaluate(EagerModel(run.average.network, run.spec, group.device), val).scores
+        scores = evaluate(EagerModel(run.average.network, run.spec, session.group.device), session.val).scores
         _, value = scores.headline()
         numbers = {f"val/{name}": number for name, number in scores.numbers().items()}
         log.write(progress.step, {"epoch": progress.epoch, **numbers})
         if progress.best_epoch < 0 or (value is not None and value > progress.best):
-            value = float("-inf") if value is None else value
-            progress.best, progress.best_epoch = value, progress.epoch
-            checkpoint.save(folder.best, {"network": run.average.network.state_dict(), "epoch": progress.epoch})
-        screen.show_scores(scores, progress)
-    group.wait()
+            progress.best, progress.best_epoch = float("-inf") if value is None else value, progress.epoch
+            content = {"network": run.average.network.state_dict(), "epoch": progress.epoch}
+            checkpoint.save(session.folder.best, content)
+        session.screen.show_scores(scores, progress)
+    session.group.wait()
 
 
-def _keep(run: Run, folder: RunFolder, group: Processes) -> None:
-    if group.is_first:
-        checkpoint.save(folder.last, run.state())
-    group.wait()
+def _keep(run: Run, session: Session) -> None:
+    if session.group.is_first:
+        checkpoint.save(session.folder.last, run.state())
+    session.group.wait()
 
 
 def _grouped(batches: Iterator[TrainBatch], size: int) -> Iterator[list[TrainBatch]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +22,8 @@ from streamd.file_errors import Problem, error_of, explain, read_text
 from streamd.train.augment import Augmentation
 from streamd.train.losses.config import LossConfig
 from streamd.yaml_tree import YamlTree
+
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 Side = Annotated[int, Field(ge=32, le=4096)]
 
@@ -130,7 +133,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         values = _override(values, override)
     recipe = None
     try:
-        recipe = Recipe.model_validate(_with_tuples(values))
+        recipe = Recipe.model_validate(_as_meant(values))
     except ValidationError as err:
         problems += explain(err, values, Recipe)
     if recipe is None or problems:
@@ -195,13 +198,14 @@ def _with_absolute_paths(values: dict[str, Any], folder: Path, only: str | None 
     return tree
 
 
-def _with_tuples(tree: Any) -> Any:
-    """Turn lists of plain numbers into tuples, which is what fields of a fixed length are."""
+def _as_meant(tree: Any) -> Any:
+    """Read 1e-3 as a number, which YAML 1.1 takes for a word, and lists of numbers as tuples, as fields are."""
     if isinstance(tree, dict):
-        return {key: _with_tuples(value) for key, value in tree.items()}
-    if isinstance(tree, list) and tree and all(isinstance(value, int | float) for value in tree):
-        return tuple(tree)
-    return tree
+        return {key: _as_meant(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        values = [_as_meant(value) for value in tree]
+        return tuple(values) if values and all(isinstance(value, int | float) for value in values) else values
+    return float(tree) if isinstance(tree, str) and _EXPONENT.fullmatch(tree) else tree
 
 
 def show_keys(console: Console) -> None:

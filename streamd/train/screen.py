@@ -65,7 +65,7 @@ class Screen:
             TextColumn("loss {task.fields[loss]:.3f}, {task.fields[speed]:.1f} images/s"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self._console, transient=True) as bar:
+        with Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as bar:
             task = bar.add_task("", total=num_steps, completed=done, loss=float("nan"), speed=0.0)
             smooth: list[float] = []
 

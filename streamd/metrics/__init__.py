@@ -1,0 +1,1 @@
+"""What the daemon says of itself to a monitoring system: /metrics, /healthz and /readyz over HTTP."""

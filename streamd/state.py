@@ -1,0 +1,48 @@
+"""Describe a running daemon to who asks on the control socket."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from streamd import __version__
+from streamd.announce import Announcer, status_message
+from streamd.config import Config
+from streamd.control_messages import DaemonState, ModelEntry, PublisherEntry, StreamEntry
+from streamd.pipeline import Pipeline
+from streamd.publishers import Publishers
+
+
+def describe(
+    config: Config, pipeline: Pipeline, announcer: Announcer, publishers: Publishers, uptime_s: float
+) -> DaemonState:
+    """Gather what the parts of the daemon say of themselves; from any thread."""
+    return DaemonState(
+        version=__version__,
+        pid=os.getpid(),
+        uptime_s=round(uptime_s, 1),
+        streams=tuple(_streams(config, pipeline, announcer)),
+        models=tuple(_models(pipeline)),
+        publishers=tuple(
+            PublisherEntry(name=one.name, healthy=one.healthy, sent=one.num_sent, dropped=one.num_dropped)
+            for one in publishers.all
+        ),
+    )
+
+
+def _streams(config: Config, pipeline: Pipeline, announcer: Announcer) -> Iterable[StreamEntry]:
+    for status in pipeline.statuses():
+        if status.stream in config.streams:  # a change may be under way
+            yield StreamEntry(
+                status=status_message(status),
+                model=config.model_of(status.stream),
+                published=announcer.num_published(status.stream),
+            )
+
+
+def _models(pipeline: Pipeline) -> Iterable[ModelEntry]:
+    lanes = pipeline.lanes
+    for name in dict.fromkeys(lane.name for lane in lanes):
+        spec = next(lane.spec for lane in lanes if lane.name == name)
+        devices = tuple(str(lane.model.device) for lane in lanes if lane.name == name)
+        yield ModelEntry(name=name, network=spec.name, sha256=spec.weights_sha256, devices=devices)
