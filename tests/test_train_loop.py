@@ -220,7 +220,7 @@ def test_processes_start_again_and_go_on_when_one_of_them_is_killed(
     )
     wait_for_steps(out, 3, process)
     os.kill(children_of(process.pid)[1], signal.SIGKILL)
-    shown, _ = process.communicate(timeout=300)
+    shown, _ = process.communicate(timeout=600)
     assert process.returncode == 0, shown
     assert "going on at epoch" in shown
     assert losses(out) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
