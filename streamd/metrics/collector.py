@@ -16,6 +16,7 @@ from streamd.messages import Clock, StreamState
 from streamd.metrics.health import stuck_loops
 from streamd.metrics.histogram import Histogram
 from streamd.metrics.readings import LaneMeter, StreamReading
+from streamd.publish import Counted
 
 # There from the first scrape with 0, or `increase` would not see the first one happen.
 FAILURES = tuple(
@@ -23,25 +24,6 @@ FAILURES = tuple(
     for state in StreamState
     if state not in (StreamState.CONNECTING, StreamState.WAITING_KEYFRAME, StreamState.RUNNING, StreamState.ENDED)
 )
-
-
-class PublisherView(Protocol):
-    """The part of a publisher that is counted."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def queue_size(self) -> int: ...
-    @property
-    def num_queued(self) -> int: ...
-    @property
-    def num_sent(self) -> int: ...
-    @property
-    def num_dropped(self) -> int: ...
-    @property
-    def healthy(self) -> bool: ...
-    @property
-    def sending_for_s(self) -> float: ...
 
 
 class SpoolView(Protocol):
@@ -83,7 +65,7 @@ class Observed:
     """What is looked at: by functions, since a reload replaces it."""
 
     results: Results
-    publishers: Callable[[], Sequence[PublisherView]]
+    publishers: Callable[[], Sequence[Counted]]
     stored: Callable[[], Sequence[StoredView]] = tuple  # the publishers that have a spool
     pipeline: Pipeline | None = field(default=None)  # None while the models load
     ready: bool = False  # from READY=1 until the daemon stops
@@ -212,7 +194,7 @@ def _models(meters: list[LaneMeter]) -> Iterator[Metric]:
     )
 
 
-def _publishers(publishers: Sequence[PublisherView]) -> Iterator[Metric]:
+def _publishers(publishers: Sequence[Counted]) -> Iterator[Metric]:
     named = [([publisher.name], publisher) for publisher in publishers]
     labels = ["publisher"]
     yield _gauge("publisher_connected", "1 while sends succeed", labels, ((name, of.healthy) for name, of in named))

@@ -51,8 +51,8 @@ class Sink(Protocol):
         """Release everything, within a second or so."""
 
 
-class Carrier(Protocol):
-    """A publisher of either kind: live, or stored on its way."""
+class Counted(Protocol):
+    """The part of a publisher that is counted."""
 
     @property
     def name(self) -> str: ...
@@ -68,6 +68,10 @@ class Carrier(Protocol):
     def healthy(self) -> bool: ...
     @property
     def sending_for_s(self) -> float: ...
+
+
+class Carrier(Counted, Protocol):
+    """A publisher of either kind: live, or stored on its way."""
 
     def start(self) -> None: ...
 

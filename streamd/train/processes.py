@@ -13,7 +13,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from streamd.errors import ConfigError
+from streamd.infer import find_device
 
 _TIMEOUT = timedelta(hours=2)  # the first process evaluates while the others wait
 
@@ -68,11 +68,11 @@ def join(wanted_device: str) -> Iterator[Processes]:
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError(f"device '{wanted}': torch sees no GPU here (`streamd doctor` says why); use auto or cpu")
-    device = torch.device("cuda", local_rank) if wanted in ("auto", "cuda") else torch.device(wanted)
+    device = find_device(wanted)
+    if device.type == "cpu":
+        return device
+    if wanted in ("auto", "cuda"):
+        device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 
