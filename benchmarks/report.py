@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.faults import Frozen, Idle
+from benchmarks.absence import Frozen, Idle
 from benchmarks.figures import Figures
 from benchmarks.measure import Machine
 from benchmarks.readers import StageCosts

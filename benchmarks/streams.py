@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 
 from benchmarks import report
-from benchmarks.faults import measure_frozen, measure_idle
+from benchmarks.absence import measure_frozen, measure_idle
 from benchmarks.figures import Figures, work_out
 from benchmarks.measure import ROOT, describe_machine
 from benchmarks.readers import BenchmarkError, observe, observe_costs
