@@ -11,6 +11,7 @@ from streamd.config import Config, PublishConfig, StreamConfig
 
 _PUBLISHERS = ("zeromq", "redis")
 _FOLLOWED = {("publish", "queue_size"), ("publish", "format"), ("metrics", "log_interval_s")}
+_FOLLOWED |= {("publish.zeromq.curve", "clients")}
 
 _SAID_AS_PUBLISHERS = {("publish", name) for name in _PUBLISHERS}
 
@@ -69,7 +70,7 @@ def difference(old: Config, new: Config) -> Changes:
     others = [key for key in Config.model_fields if key not in ("defaults", "models", "streams")]
     places = [place for key in others for place in _different_keys(key, getattr(old, key), getattr(new, key))]
     if _has_same_port(old.publish, new.publish):
-        places += _different_keys("publish.zeromq", old.publish.zeromq, new.publish.zeromq)
+        places += _different_zeromq(old.publish, new.publish)
     return Changes(
         streams=Names(streams.added, changed, streams.removed),
         moved=moved,
@@ -102,6 +103,16 @@ def _publishers(old: PublishConfig, new: PublishConfig) -> Names:
 
 def _has_same_port(old: PublishConfig, new: PublishConfig) -> bool:
     return old.zeromq is not None and new.zeromq is not None and old.zeromq.bind == new.zeromq.bind
+
+
+def _different_zeromq(old: PublishConfig, new: PublishConfig) -> list[tuple[str, str]]:
+    assert old.zeromq is not None and new.zeromq is not None, "they have the same port"
+    places = _different_keys("publish.zeromq", old.zeromq, new.zeromq)
+    curve = ("publish.zeromq", "curve")
+    if curve in places:
+        places.remove(curve)
+        places += _different_keys("publish.zeromq.curve", old.zeromq.curve, new.zeromq.curve)
+    return places
 
 
 def _different_keys(section: str, old: BaseModel | None, new: BaseModel | None) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from streamd import __version__, control_commands
 from streamd.errors import ConfigError, ModelError, PublishError, StreamdError
 from streamd.eval_command import evaluate
 from streamd.import_commands import import_app, read_labels
+from streamd.key_commands import keys_app
 from streamd.train_commands import data_app, train
 
 EXIT_CODES = """
@@ -37,10 +38,14 @@ app.add_typer(import_app, name="import")
 app.add_typer(data_app, name="data")
 app.command()(train)
 app.command("eval")(evaluate)
+app.add_typer(keys_app, name="keys")
 control_commands.register(app)
 
 ConfigPath = Annotated[Path, typer.Argument(help="The YAML file.", metavar="CONFIG")]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="How much is logged to stderr.")]
+
+
+_SERVER_KEY, _SECRET_KEY = "STREAMD_SERVER_KEY", "STREAMD_SECRET_KEY"  # environment variables
 
 
 def main() -> None:
@@ -125,6 +130,13 @@ def watch(
     redis: Annotated[str | None, typer.Option(help="Redis URL instead of ZeroMQ.")] = None,
     json_lines: Annotated[bool, typer.Option("--json", help="Print each message as a line of JSON.")] = False,
     seconds: Annotated[float | None, typer.Option(help="Stop after so long.")] = None,
+    server_key: Annotated[
+        Path | None,
+        typer.Option(help="For ZeroMQ with keys: the file of the daemon's public one.", envvar=_SERVER_KEY),
+    ] = None,
+    secret_key: Annotated[
+        Path | None, typer.Option(help="A file, too: the own secret key.", envvar=_SECRET_KEY)
+    ] = None,
 ) -> None:
     """Subscribe to a running daemon and show what it publishes.
 
@@ -132,9 +144,13 @@ def watch(
     """
     if zmq and redis:
         raise typer.BadParameter("give --zmq or --redis, not both")
+    if (server_key is None) != (secret_key is None):
+        raise typer.BadParameter("give --server-key and --secret-key together")
+    from streamd.curve import ClientKeys
     from streamd.watch import watch as watch_url
 
-    watch_url(redis or zmq or "tcp://127.0.0.1:5555", stream, json_lines, Console(), seconds)
+    keys = ClientKeys.read(server_key, secret_key) if server_key and secret_key and not redis else None
+    watch_url(redis or zmq or "tcp://127.0.0.1:5555", stream, json_lines, Console(), seconds, keys)
 
 
 @app.command()

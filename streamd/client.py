@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Literal, TypeVar, cast, overload
 
 from streamd import wire
+from streamd.curve import ClientKeys
 from streamd.errors import SubscribeError
 from streamd.feeds import Feed
 from streamd.redact import redact
@@ -104,6 +105,7 @@ def subscribe(
     kinds: tuple[Literal["detections"]] = ("detections",),
     timeout_s: float | None = None,
     since: str | None = None,
+    keys: ClientKeys | None = None,
 ) -> Subscription[DetectionsMessage]: ...
 @overload
 def subscribe(
@@ -112,6 +114,7 @@ def subscribe(
     kinds: tuple[Literal["status"]],
     timeout_s: float | None = None,
     since: str | None = None,
+    keys: ClientKeys | None = None,
 ) -> Subscription[StatusMessage]: ...
 @overload
 def subscribe(
@@ -121,6 +124,7 @@ def subscribe(
     kinds: Sequence[Kind],
     timeout_s: float | None = None,
     since: str | None = None,
+    keys: ClientKeys | None = None,
 ) -> Subscription[Message]: ...
 def subscribe(
     url: str,
@@ -128,24 +132,31 @@ def subscribe(
     kinds: Sequence[Kind] = ("detections",),
     timeout_s: float | None = None,
     since: str | None = None,
+    keys: ClientKeys | None = None,
 ) -> Subscription[Any]:
     """Subscribe to one stream, or to all, of the daemon that publishes on `url`.
 
     `url` is tcp://HOST:PORT or ipc://PATH for ZeroMQ, redis://, rediss:// or unix:// for Redis, redis+sentinel:// and
     redis+cluster:// as docs/delivery.md says. With `since`, "0" or the id of an entry, the Redis Streams are read from
     there on instead of pub/sub, so that nothing is missed that Redis still keeps. A lost connection is made again.
-    `timeout_s` bounds the wait for each message of the iteration.
+    `timeout_s` bounds the wait for each message of the iteration. `keys` are for a ZeroMQ daemon that wants some:
+    `ClientKeys.read("server.public", "dashboard.secret")`.
 
-    Raises SubscribeError: a wrong URL, a Redis that is not there at the start or refuses the password, a time-out.
+    Raises SubscribeError: a wrong URL, a Redis that is not there at the start or refuses the password, a time-out. A
+    ZeroMQ daemon that refuses the keys shows in the first wait for a message.
     """
     unknown = [kind for kind in kinds if kind not in wire.KINDS]
     if unknown or not kinds:
         raise SubscribeError(f"cannot subscribe to kinds {list(kinds)}: choose from {', '.join(wire.KINDS)}")
-    return Subscription(_open_feed(url, stream, kinds, since), redact(url), timeout_s)
+    return Subscription(_open_feed(url, stream, kinds, since, keys), redact(url), timeout_s)
 
 
-def _open_feed(url: str, stream: str | None, kinds: Sequence[Kind], since: str | None) -> Feed:
+def _open_feed(url: str, stream: str | None, kinds: Sequence[Kind], since: str | None, keys: ClientKeys | None) -> Feed:
     scheme = url.partition("://")[0].lower()
+    if keys is not None and scheme not in ("tcp", "ipc"):
+        raise SubscribeError(
+            f"cannot subscribe to {redact(url)} with these keys: they are for tcp:// and ipc:// (ZeroMQ)"
+        )
     if scheme.partition("+")[0] in ("redis", "rediss", "unix"):
         from streamd.feeds.redis_server import open_channels, open_streams
 
@@ -157,4 +168,4 @@ def _open_feed(url: str, stream: str | None, kinds: Sequence[Kind], since: str |
         raise SubscribeError(f"cannot read {url} since {since!r}: ZeroMQ keeps nothing; use a Redis URL")
     from streamd.feeds.zeromq import ZeroMqFeed
 
-    return ZeroMqFeed(url, stream, kinds)
+    return ZeroMqFeed(url, stream, kinds, keys)

@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic.config import JsonDict
 
+from streamd import curve
+from streamd.addresses import is_local_zeromq
 from streamd.metrics.endpoint import Endpoint
 from streamd.redact import redact
 
@@ -116,9 +118,57 @@ class StreamConfig(StreamDefaults):
         return is_file_url(self.url.get_secret_value())
 
 
+class CurveConfig(Section):
+    """Keys: what is published is encrypted, and only the listed clients get it."""
+
+    secret_key: SecretStr = Field(
+        description="The daemon's secret key, as `streamd keys server` makes it; best as ${file:PATH}."
+    )
+    clients: str | dict[Name, str] = Field(
+        description="A folder with the public keys of those who may subscribe, NAME.public; or the keys by name.",
+        json_schema_extra={"additionalProperties": False},
+    )
+
+    @field_validator("secret_key")
+    @classmethod
+    def _is_key(cls, key: SecretStr) -> SecretStr:
+        if not curve.is_key(key.get_secret_value()):
+            raise ValueError(curve.FORM)
+        return key
+
+    @field_validator("clients")
+    @classmethod
+    def _are_keys(cls, clients: str | dict[str, str]) -> str | dict[str, str]:
+        wrong = [] if isinstance(clients, str) else [name for name, key in clients.items() if not curve.is_key(key)]
+        if wrong:
+            raise ValueError(f"'{wrong[0]}' {curve.FORM}")
+        return clients
+
+    @property
+    def client_keys(self) -> dict[str, str]:
+        """The public keys by name; `config_file.load` has read the folder."""
+        assert isinstance(self.clients, dict), "load() replaces a folder by what is in it"
+        return self.clients
+
+
 class ZeroMqConfig(Section):
+    insecure: bool = Field(False, description="Allow a `bind` that other machines reach, without keys.")
+    curve: CurveConfig | None = Field(
+        None, description="Keys (CURVE); null: whoever reaches the address may subscribe."
+    )
     bind: str = Field("tcp://127.0.0.1:5555", pattern=r"^(tcp|ipc)://.+", description="Where subscribers connect to.")
     high_water_mark: int = Field(1000, ge=1, description="Messages kept for a slow subscriber before it loses some.")
+
+    @field_validator("bind")
+    @classmethod
+    def _stays_on_this_machine(cls, bind: str, info: ValidationInfo) -> str:
+        has_keys = info.data.get("curve", True) is not None  # wrong ones have an error of their own
+        if not (has_keys or info.data.get("insecure") or is_local_zeromq(bind)):
+            raise ValueError(
+                "other machines reach this address, and whoever does may subscribe; give publish.zeromq.curve (keys "
+                "that `streamd keys` makes), use 127.0.0.1 or ipc://, or say insecure: true"
+            )
+        return bind
 
 
 class RedisConfig(Section):

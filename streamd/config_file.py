@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import SecretStr, ValidationError
 
+from streamd import curve
 from streamd.config import Config, is_file_url, with_defaults
 from streamd.errors import ConfigError
 from streamd.file_errors import Problem, error_of, explain, nearest, read_text, value_at
@@ -40,6 +41,7 @@ def parse(text: str, path: Path) -> Config:
     written = tree.root
     as_written = functools.partial(_as_written, written=written)
     merged = with_defaults(_substitute(written, (), path.parent, problems))
+    merged = _with_client_keys(merged, path.parent, problems)
     problems += _cross_checks(written, merged)
     config = None
     try:
@@ -50,8 +52,7 @@ def parse(text: str, path: Path) -> Config:
     if config is None or problems:
         raise error_of(path, tree, problems, as_written)
     config = _with_absolute_paths(config, path.parent)
-    for stream in config.streams.values():
-        register_url(stream.url.get_secret_value())
+    _register_secrets(config)
     return config
 
 
@@ -140,6 +141,40 @@ def _look_up(name: str, folder: Path) -> str:
         raise ConfigError(f"${{{name}}}: cannot read {path}: {err.strerror}") from err
     except ValueError as err:  # not UTF-8, or a path with a zero byte
         raise ConfigError(f"${{{name}}}: {path} is not a text file") from err
+
+
+def _with_client_keys(tree: Any, folder: Path, problems: list[Problem]) -> Any:
+    """Put the public keys in the place of the folder that holds them, so that a reload sees which come and go."""
+    place = ("publish", "zeromq", "curve", "clients")
+    written = value_at(tree, place)
+    if not isinstance(written, str):
+        return tree
+    path, keys = folder / os.path.expanduser(written), {}
+    try:
+        if not path.is_dir():
+            raise OSError(None, "there is no such folder; `streamd keys client NAME` makes it")
+        for file in sorted(path.iterdir()):
+            if file.suffix == curve.PUBLIC_SUFFIX:
+                keys[file.stem] = curve.read_key(file)
+    except OSError as err:
+        problems.append(Problem(place, f"cannot read {err.filename or path}: {err.strerror}"))
+    except ValueError as err:
+        problems.append(Problem(place, f"{file}: {err}"))
+    return _with_value(tree, place, keys)
+
+
+def _with_value(tree: Any, place: Place, value: object) -> Any:
+    return {**tree, place[0]: _with_value(tree[place[0]], place[1:], value)} if place else value
+
+
+def _register_secrets(config: Config) -> None:
+    """Hide what the file says itself; what it takes from elsewhere is hidden since it was read."""
+    for stream in config.streams.values():
+        register_url(stream.url.get_secret_value())
+    if config.publish.redis:
+        register_url(config.publish.redis.url.get_secret_value())
+    if config.publish.zeromq and config.publish.zeromq.curve:
+        register_secret(config.publish.zeromq.curve.secret_key.get_secret_value())
 
 
 def _cross_checks(written: Any, merged: Any) -> Iterator[Problem]:

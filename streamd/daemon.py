@@ -133,7 +133,7 @@ class Daemon:
             if self._stop_reason is not None:
                 self._publishers.retire([*fresh.values()])
                 raise StreamdError("the daemon is stopping")
-            leaving = self._publishers.exchange(fresh, changes.publishers, config.publish.queue_size)
+            leaving = self._publishers.exchange(fresh, changes.publishers, config.publish)
             self._announcer.redirect(config.publish.format, self._publishers.outlets)
             self._announcer.store(config.stored_streams)
             self._pipeline.apply(prepared, changes)

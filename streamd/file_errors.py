@@ -98,7 +98,7 @@ def nearest(wrong: str, known: Sequence[str]) -> str:
 def _without_union_member(place: Place) -> Place:
     """Drop the tried member of a union, which pydantic puts last; the operator never wrote that."""
     last = str(place[-1]) if len(place) > 3 else ""
-    return place[:-1] if last.startswith(("literal[", "constrained-")) else place
+    return place[:-1] if last.startswith(("literal[", "constrained-", "dict[")) or last == "str" else place
 
 
 def value_at(tree: Any, place: Place) -> Any:

@@ -13,7 +13,7 @@ from streamd.publish import Carrier, Outgoing, Publisher
 from streamd.publish.redis_streams import RedisSink, RedisStore
 from streamd.publish.spool import Spool
 from streamd.publish.stored import StoredPublisher
-from streamd.publish.zeromq import ZeroMqSink
+from streamd.publish.zeromq import ServerKeys, ZeroMqSink
 
 _FLUSH_S = 2.0  # for what a publisher that is exchanged still has to send
 
@@ -63,13 +63,15 @@ class Publishers:
             raise
         return fresh
 
-    def exchange(self, fresh: Mapping[str, Carrier], changes: Names, queue_size: int) -> list[Carrier]:
-        """Put the new ones in the place of the old; return the old ones, for `retire`."""
+    def exchange(self, fresh: Mapping[str, Carrier], changes: Names, config: PublishConfig) -> list[Carrier]:
+        """Put the new ones in the place of the old; return the old ones, for `retire`. Who stays follows `config`."""
         names = _with_spool(*changes.removed, *changes.changed)
         leaving = [self._by_name[name] for name in names if name in self._by_name]
         kept = {name: publisher for name, publisher in self._by_name.items() if publisher not in leaving}
         for publisher in kept.values():
-            publisher.resize(queue_size)
+            publisher.resize(config.queue_size)
+            if isinstance(publisher, Publisher) and isinstance(publisher.sink, ZeroMqSink):
+                _admit(publisher.sink, config)
         self._by_name = {**kept, **fresh}
         return leaving
 
@@ -82,7 +84,9 @@ def make_publishers(config: PublishConfig, on_crash: Callable[[Exception], None]
     """Build a publisher for each sink of the configuration; none is started."""
     publishers: dict[str, Carrier] = {}
     if config.zeromq:
-        sink = ZeroMqSink(config.zeromq.bind, config.zeromq.high_water_mark)
+        keys = config.zeromq.curve
+        server_keys = ServerKeys(keys.secret_key.get_secret_value(), keys.client_keys) if keys else None
+        sink = ZeroMqSink(config.zeromq.bind, config.zeromq.high_water_mark, server_keys)
         publishers["zeromq"] = Publisher(sink, config.queue_size, on_crash=on_crash)
     if config.redis:
         redis, url = config.redis, config.redis.url.get_secret_value()
@@ -97,6 +101,11 @@ def make_publishers(config: PublishConfig, on_crash: Callable[[Exception], None]
                 on_crash=on_crash,
             )
     return publishers
+
+
+def _admit(sink: ZeroMqSink, config: PublishConfig) -> None:
+    if config.zeromq and config.zeromq.curve:
+        sink.allow(config.zeromq.curve.client_keys)
 
 
 def _with_spool(*names: str) -> list[str]:

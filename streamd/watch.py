@@ -14,6 +14,7 @@ from rich.text import Text
 
 from streamd import wire
 from streamd.client import GapCounter, Subscription, subscribe
+from streamd.curve import ClientKeys
 from streamd.messages import StreamState
 from streamd.redact import redact
 from streamd.wire import DetectionsMessage, Message, StatusMessage
@@ -123,11 +124,18 @@ def render(table: StreamTable, now_s: float) -> RenderableType:
     return Group(drawn, *_reasons(table), explanation)
 
 
-def watch(url: str, stream: str | None, json_lines: bool, console: Console, seconds: float | None = None) -> None:
+def watch(
+    url: str,
+    stream: str | None,
+    json_lines: bool,
+    console: Console,
+    seconds: float | None = None,
+    keys: ClientKeys | None = None,
+) -> None:
     """Show what `url` publishes until Ctrl-C, or for `seconds`; raise SubscribeError where it cannot be reached."""
     deadline = time.monotonic() + seconds if seconds is not None else float("inf")
     try:
-        with subscribe(url, stream, kinds=("detections", "status")) as messages:
+        with subscribe(url, stream, kinds=("detections", "status"), keys=keys) as messages:
             if json_lines:
                 _print_lines(messages, console, deadline)
             else:

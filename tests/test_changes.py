@@ -18,6 +18,8 @@ TREE: dict[str, Any] = {
     },
     "publish": {"zeromq": {"bind": "tcp://127.0.0.1:5555"}},
 }
+KEY, OTHER_KEY = "0" * 40, "1" * 40
+WITH_KEYS = {"publish": {"zeromq": {"curve": {"secret_key": KEY, "clients": {"dashboard": KEY}}}}}
 
 
 def merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -68,6 +70,22 @@ def test_the_same_configuration_makes_no_changes() -> None:
 )
 def test_each_change_is_told_as_what_it_is(changes: dict[str, Any], expected: Changes) -> None:
     assert changes_by(changes) == expected
+
+
+def test_who_may_subscribe_is_followed_and_other_keys_wait_for_a_restart() -> None:
+    before = merged(TREE, WITH_KEYS)
+
+    def changes_to(curve: dict[str, Any] | None) -> Changes:
+        after = merged(before, {"publish": {"zeromq": {"curve": curve}}})
+        return difference(Config.model_validate(before), Config.model_validate(after))
+
+    clients = "publish.zeromq.curve.clients"
+    assert changes_to({"clients": {"dashboard": OTHER_KEY}}) == Changes(followed=(clients,))
+    assert changes_to({"secret_key": OTHER_KEY, "clients": {"phone": KEY}}) == Changes(
+        followed=(clients,), at_restart=("publish.zeromq.curve.secret_key",)
+    )
+    assert changes_to(None) == Changes(at_restart=("publish.zeromq.curve",))
+    assert str(changes_to({"secret_key": OTHER_KEY})) == "waits for a restart: publish.zeromq.curve.secret_key"
 
 
 def test_a_model_that_comes_first_now_moves_the_streams_that_name_none() -> None:

@@ -124,6 +124,7 @@ def test_the_version_is_that_of_the_package(streamd: Streamd) -> None:
         ["run", "a.yaml", "--log-level", "loud"],
         ["watch", "--seconds", "soon"],
         ["watch", "--zmq", "tcp://x:1", "--redis", "redis://x"],
+        ["watch", "--server-key", "server.public"],
         ["config"],
     ],
     ids=" ".join,

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from streamd.client import GapCounter, Subscription, subscribe
+from streamd.curve import ClientKeys
 from streamd.errors import SubscribeError, WireError
 from streamd.publish import Outgoing
 from streamd.publish.redis_streams import RedisSink
 from streamd.publish.zeromq import ZeroMqSink
 from streamd.wire import DetectionsMessage, Message
+from tests.keys import make_pair
 from tests.redis_server import RedisServer, free_port
 from tests.wire_samples import make_message, outgoing, outgoing_status
 
@@ -109,6 +111,21 @@ def test_a_subscription_counts_what_it_missed(zeromq: ZeroMqSink) -> None:
         next(messages)
         next(messages)
         assert messages.num_missed == {"gate": 3}
+
+
+def test_a_subscriber_that_is_late_and_too_slow_sees_each_message_or_counts_it(zeromq: ZeroMqSink) -> None:
+    first, last = 500, 20_000
+    zeromq.send([outgoing("gate", seq) for seq in range(first)])
+    with subscribe(zeromq.endpoint, timeout_s=5) as messages:
+        await_subscription(zeromq, messages)
+        zeromq.send([outgoing("gate", seq) for seq in range(first, last)])  # far beyond both high-water marks
+        received = []
+        while (message := messages.receive(0.5)) is not None:
+            received.append(message.seq)
+        zeromq.send([outgoing("gate", last)])
+        received.append(next(messages).seq)
+        assert received == sorted(received) and 0 < len(received) < last - first, "some were lost, none came late"
+        assert messages.num_missed["gate"] == last - len(received), "from seq 0, which told that we are there"
 
 
 def test_garbage_raises_and_the_next_message_follows(zeromq: ZeroMqSink) -> None:
@@ -255,6 +272,12 @@ def test_a_wrong_password_is_told_and_not_shown() -> None:
 def test_a_wrong_request_says_what_to_give(url: str, since: str | None, advice: str) -> None:
     with pytest.raises(SubscribeError, match=advice):
         subscribe(url, since=since)
+
+
+def test_keys_are_for_zeromq_alone() -> None:
+    pair = make_pair()
+    with pytest.raises(SubscribeError, match="with these keys: they are for tcp:// and ipc://"):
+        subscribe("redis://127.0.0.1", keys=ClientKeys(pair.public, pair.secret))
 
 
 def test_an_unknown_kind_says_which_there_are() -> None:

@@ -10,7 +10,16 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from streamd.config import Config, ModelConfig, PublishConfig, RedisConfig, StreamConfig, StreamDefaults, with_defaults
+from streamd.config import (
+    Config,
+    CurveConfig,
+    ModelConfig,
+    PublishConfig,
+    RedisConfig,
+    StreamConfig,
+    StreamDefaults,
+    with_defaults,
+)
 from streamd.config_file import load
 from tests.conftest import ROOT
 
@@ -46,6 +55,13 @@ def test_the_full_configuration_states_every_key_with_its_default() -> None:
     assert {key: written[key] for key in ("defaults", "publish", "metrics", "control")} == defaults_of(Config)
     assert set(written) == set(Config.model_fields)
     assert list(written["defaults"]) == list(StreamDefaults.model_fields)
+
+
+def test_the_full_configuration_shows_the_keys_of_zeromq() -> None:
+    block = re.search(r"    curve: null.*\n((?:    # .*\n)+)", FULL.read_text())
+    assert block is not None
+    shown = yaml.safe_load(re.sub(r"^    # ", "", block[1], flags=re.MULTILINE))
+    assert list(shown["curve"]) == list(CurveConfig.model_fields)
 
 
 def test_every_key_of_the_full_configuration_has_a_comment() -> None:

@@ -35,7 +35,7 @@ class Running:
         new = config_with(publish)
         names = difference(self.config, new).publishers
         fresh = self.publishers.prepare(new.publish, names)
-        self.publishers.retire(self.publishers.exchange(fresh, names, new.publish.queue_size))
+        self.publishers.retire(self.publishers.exchange(fresh, names, new.publish))
         self.config = new
 
 
@@ -66,7 +66,7 @@ def test_what_did_not_change_stays_and_takes_the_new_queue_size(running: Running
 def test_an_address_that_cannot_be_had_changes_nothing(running: Running) -> None:
     [old] = running.publishers.all
     with pytest.raises(PublishError, match="no such address"):
-        running.change_to({"zeromq": {"bind": "tcp://192.0.2.1:5555"}})
+        running.change_to({"zeromq": {"bind": "tcp://192.0.2.1:5555", "insecure": True}})
     assert running.publishers.all == [old] and old.healthy
 
 

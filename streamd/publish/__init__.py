@@ -122,6 +122,10 @@ class Publisher:
         return self._sink.name
 
     @property
+    def sink(self) -> Sink:
+        return self._sink
+
+    @property
     def queue_size(self) -> int:
         """The most messages that wait."""
         return self._queue_size
@@ -153,7 +157,11 @@ class Publisher:
     def start(self) -> None:
         """Open the sink and start; raise PublishError where the sink cannot be opened."""
         self._sink.open()
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as err:
+            self._sink.close()
+            raise PublishError(f"{self._sink.name}: no thread to publish from: {err}") from err
 
     def resize(self, queue_size: int) -> None:
         """Let so many messages wait from the next one on."""

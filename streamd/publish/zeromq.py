@@ -6,15 +6,19 @@ import contextlib
 import errno
 import re
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import zmq
 
 from streamd.errors import PublishError
 from streamd.publish import Outgoing
+from streamd.publish.gatekeeper import Gatekeeper
 from streamd.wire import topic
 
 LINGER_MS = 1000
+MAX_INCOMING_BYTES = 4096  # of a subscription, which is a topic; libzmq hangs up on who sends more
+_ZAP_DOMAIN = b"streamd"
 
 _ADVICE = {
     errno.EADDRINUSE: "the port is taken; stop the other process (`ss -ltnp` shows it) or choose another port",
@@ -27,15 +31,27 @@ _ADVICE = {
 _FORM = "the address must read like tcp://*:5555, tcp://127.0.0.1:5555 or ipc:///run/streamd/detections"
 
 
+@dataclass(frozen=True, slots=True)
+class ServerKeys:
+    """The daemon's secret key, and the public keys of those who may subscribe, by names for the log."""
+
+    secret: str = field(repr=False)
+    clients: Mapping[str, str]
+
+
 class ZeroMqSink:
     """A PUB socket: each subscriber has a queue of its own, and one that is too slow loses messages, silently.
 
-    `send` never blocks. Subscribers see the loss as a jump of `seq`.
+    `send` never blocks. Subscribers see the loss as a jump of `seq`. With `keys` all is encrypted, and only the listed
+    clients get anything.
     """
 
-    def __init__(self, bind: str, high_water_mark: int = 1000) -> None:
-        self._bind = bind
+    def __init__(self, bind: str, high_water_mark: int = 1000, keys: ServerKeys | None = None) -> None:
+        self._bind = self._address = bind
         self._high_water_mark = high_water_mark  # messages queued for each subscriber
+        self._secret = keys.secret if keys else ""
+        self._gatekeeper = Gatekeeper(self.name, keys.clients) if keys else None
+        self._must_reopen = False
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._socket: zmq.Socket[bytes] | None = None
 
@@ -56,22 +72,57 @@ class ZeroMqSink:
         port = re.fullmatch(r"tcp://.*:(\d+)", self._bind)
         if port and int(port[1]) > 65535:  # libzmq would take the remainder by 65536
             raise PublishError(f"cannot publish on {self._bind}: ports end at 65535")
+        try:
+            self._open()
+        except zmq.ZMQError as err:
+            self.close()
+            raise PublishError(f"cannot publish on {self._bind}: {_ADVICE.get(err.errno or 0, _FORM)} ({err})") from err
+        except PublishError:
+            self.close()
+            raise
+
+    def allow(self, clients: Mapping[str, str]) -> None:
+        """Admit these clients, and no others, from now on; from any thread.
+
+        libzmq cannot hang up on one subscriber: where one was taken off the list, all are hung up on at the next
+        `send`, and who may comes back, with a gap in `seq`. Nothing happens where there are no keys.
+        """
+        if self._gatekeeper and self._gatekeeper.allow(clients):
+            self._must_reopen = True
+
+    def _open(self) -> None:
         self._context = zmq.Context()
+        if self._gatekeeper:
+            self._gatekeeper.open(self._context)
         self._socket = self._context.socket(zmq.PUB)
         self._socket.setsockopt(zmq.SNDHWM, self._high_water_mark)
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)
         self._socket.setsockopt(zmq.TCP_KEEPALIVE, 1)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_INCOMING_BYTES)
         self._socket.setsockopt(zmq.IPV6, int("[" in self._bind))
-        try:
-            self._socket.bind(self._bind)
-        except zmq.ZMQError as err:
-            self.close()
-            raise PublishError(f"cannot publish on {self._bind}: {_ADVICE.get(err.errno or 0, _FORM)} ({err})") from err
+        if self._secret:
+            self._socket.setsockopt(zmq.CURVE_SERVER, 1)
+            self._socket.setsockopt_string(zmq.CURVE_SECRETKEY, self._secret)
+            self._socket.setsockopt(zmq.ZAP_DOMAIN, _ZAP_DOMAIN)
+            self._socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)  # or all may come in where the gatekeeper is gone
+        self._socket.bind(self._address)
+
+    def _reopen(self) -> None:
+        """Hang up on all subscribers. Raises PublishError, and is then tried again at the next `send`."""
+        if self._socket is not None:
+            self._address = self.endpoint
+        self.close()
+        self.open()
+        self._must_reopen = False
 
     def ping(self) -> None:
         """Do nothing: a PUB socket has no far side that could be away."""
 
     def send(self, messages: Sequence[Outgoing]) -> None:
+        if self._gatekeeper:
+            self._gatekeeper.check()
+        if self._must_reopen:
+            self._reopen()
         assert self._socket is not None, "open() comes first"
         try:
             for message in messages:
@@ -86,6 +137,8 @@ class ZeroMqSink:
             self._socket.close()
         if self._context is not None:
             self._context.term()
+        if self._gatekeeper:
+            self._gatekeeper.join()
         self._socket = self._context = None
 
 
