@@ -1,7 +1,8 @@
 """Write and read model files: a TorchScript module with its `ModelSpec` inside, as one `.pt`.
 
 torch.jit is deprecated and its loader is not thread-safe, so every call of it sits here, under one lock:
-another format is a change of this file. Nothing is ever unpickled.
+another format is a change of this file. Nothing is ever unpickled, and what a program may call is looked over before
+torch sees it (archive.py, program.py).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 import streamd.gpu.ops  # noqa: F401  registers the operators that some models call
 from streamd.errors import ModelError
 from streamd.messages import RawOutput
-from streamd.models import BUILDERS, trial
+from streamd.models import BUILDERS, archive, program, trial
 from streamd.models.contract import describe_wrong_spec, pack
 from streamd.models.spec import ModelSpec
 from streamd.models.tracing import FreshCasts, follow_device
@@ -195,7 +196,9 @@ def _check_equal(name: str, got: Tensor, expected: Tensor, where: str) -> None:
 
 def _load_module(path: Path, device: torch.device | str) -> torch.jit.ScriptModule:
     try:
-        _load_operators(path)
+        code = archive.read_code(path)
+        _load_operators(code)
+        program.check(code, path)
         with _torch_jit():
             module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location=device)
     except (RuntimeError, ValueError, OSError) as err:
@@ -207,15 +210,13 @@ def _load_module(path: Path, device: torch.device | str) -> torch.jit.ScriptModu
     return module
 
 
-def _load_operators(path: Path) -> None:
+def _load_operators(code: str) -> None:
     """Load torchvision's operators if the model calls any.
 
     Its library alone: the whole package takes about two seconds to import.
     """
-    with zipfile.ZipFile(path) as archive:
-        code = (archive.read(name) for name in archive.namelist() if "/code/" in name and name.endswith(".py"))
-        if not any(name in text for text in code for name in (b"ops.torchvision.", b"ops.streamd.pool_levels")):
-            return
+    if not any(name in code for name in ("ops.torchvision.", "ops.streamd.pool_levels")):
+        return
     found = importlib.util.find_spec("torchvision")
     libraries = sorted(Path(found.origin).parent.glob("_C*.so")) if found and found.origin else []
     for library in libraries:
@@ -228,11 +229,13 @@ def _read_spec_file(path: Path) -> bytes:
     if path.is_dir():
         raise ModelError(f"{path} is a directory; give the path of a model file (.pt) or a model's name")
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+        with zipfile.ZipFile(path) as file:
+            names = file.namelist()
             for name in names:
                 if name.endswith(f"/extra/{SPEC_FILE}"):
-                    return archive.read(name)
+                    if file.getinfo(name).file_size > archive.MAX_SPEC_BYTES:
+                        raise ModelError(f"{path}: its {SPEC_FILE} is larger than {archive.MAX_SPEC_BYTES >> 20} MiB")
+                    return file.read(name)
     except FileNotFoundError as err:
         raise ModelError(f"{path}: no such file; make one with: {export_command()}") from err
     except zipfile.BadZipFile as err:

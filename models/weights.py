@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from streamd.errors import ModelError
-from streamd.models import BUILDERS, artifact, coco
+from streamd.models import BUILDERS, archive, artifact, coco
 from streamd.models.download import Progress, fetch, progress_bar
 from streamd.models.misfits import describe_misfits
 from streamd.models.spec import Blueprint, MaskRule, ModelSpec, ResizeRule
@@ -224,6 +225,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     Nothing in the file is executed. Raises ModelError.
     """
     _need_file(path)
+    if zipfile.is_zipfile(path):
+        archive.check_sizes(path)
     try:
         with torch.serialization.safe_globals(_numpy_scalars()):
             content = torch.load(path, map_location="cpu", weights_only=True)
