@@ -182,6 +182,8 @@ class RedisConfig(Section):
     ca_file: str | None = Field(None, description="TLS: who signed the server's certificate; the system's by default.")
     cert_file: str | None = Field(None, description="TLS: the daemon's own certificate, where Redis asks for one.")
     key_file: str | None = Field(None, description="TLS: the key of cert_file.")
+    sentinel_username: str | None = Field(None, description="How to log in to the sentinels, where they ask for it.")
+    sentinel_password: SecretStr | None = Field(None, description="Likewise; the URL's login is the servers'.")
 
     @field_validator("url")
     @classmethod
@@ -200,11 +202,26 @@ class RedisConfig(Section):
             raise ValueError("cert_file and key_file belong together")
         return self
 
+    @model_validator(mode="after")
+    def _sentinels_have_a_login(self) -> RedisConfig:
+        if self.sentinel_username is not None and self.sentinel_password is None:
+            raise ValueError("sentinel_username needs sentinel_password")
+        if self.sentinel_password is not None and "+sentinel:" not in self.url.get_secret_value().partition("//")[0]:
+            raise ValueError("sentinel_username and sentinel_password need a redis[s]+sentinel:// URL")
+        return self
+
     @property
     def tls_options(self) -> dict[str, str]:
         """Return the files as redis-py names them."""
         files = {"ssl_ca_certs": self.ca_file, "ssl_certfile": self.cert_file, "ssl_keyfile": self.key_file}
         return {name: path for name, path in files.items() if path is not None}
+
+    @property
+    def client_options(self) -> dict[str, str]:
+        """Return what the URL does not say, as `redis_connection.make_client` takes it; it holds a password."""
+        password = self.sentinel_password.get_secret_value() if self.sentinel_password else None
+        login = {"sentinel_username": self.sentinel_username, "sentinel_password": password}
+        return self.tls_options | {name: value for name, value in login.items() if value is not None}
 
 
 class SpoolConfig(Section):

@@ -173,6 +173,8 @@ def _register_secrets(config: Config) -> None:
         register_url(stream.url.get_secret_value())
     if config.publish.redis:
         register_url(config.publish.redis.url.get_secret_value())
+        if config.publish.redis.sentinel_password:
+            register_secret(config.publish.redis.sentinel_password.get_secret_value())
     if config.publish.zeromq and config.publish.zeromq.curve:
         register_secret(config.publish.zeromq.curve.secret_key.get_secret_value())
 

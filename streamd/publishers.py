@@ -90,11 +90,11 @@ def make_publishers(config: PublishConfig, on_crash: Callable[[Exception], None]
         publishers["zeromq"] = Publisher(sink, config.queue_size, on_crash=on_crash)
     if config.redis:
         redis, url = config.redis, config.redis.url.get_secret_value()
-        redis_sink = RedisSink(url, redis.pubsub, redis.streams, redis.max_len, redis.tls_options)
+        redis_sink = RedisSink(url, redis.pubsub, redis.streams, redis.max_len, redis.client_options)
         live = publishers["redis"] = Publisher(redis_sink, config.queue_size, on_crash=on_crash)
         if redis.streams:
             publishers["spool"] = StoredPublisher(
-                RedisStore(url, redis.max_len, redis.tls_options),
+                RedisStore(url, redis.max_len, redis.client_options),
                 Spool(config.spool.file, config.spool.max_entries, config.spool.max_mb << 20),
                 config.queue_size,
                 on_disk_failure=lambda outgoing: live.put(replace(outgoing, stored=False)),

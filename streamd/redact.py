@@ -14,7 +14,8 @@ MIN_SECRET_LENGTH = 4  # a shorter value would blank out half of every line, and
 # rather too much than a piece of the password.
 _URL_PASSWORD = re.compile(r"(?P<before>[a-z][a-z0-9+.-]*://[^\s:/]*:)\S*@", re.IGNORECASE)
 _QUERY_PASSWORD = re.compile(
-    r"(?P<before>[?&](?:password|passwd|passphrase|pass|pwd|psw|token|secret|api_?key|auth)=)[^&\s\"'<>]+",
+    r"(?P<before>[?&](?:sentinel_)?(?:password|passwd|passphrase|pass|pwd|psw|token|secret|api_?key|auth)=)"
+    r"(?P<value>[^&\s\"'<>]+)",
     re.IGNORECASE,
 )
 _URL = re.compile(r"^[a-z][a-z0-9+.-]*://[^:/]*:(?P<password>.*)@", re.IGNORECASE | re.DOTALL)
@@ -36,11 +37,13 @@ def register_secret(value: str) -> None:
 
 
 def register_url(url: str) -> None:
-    """Register the password of a URL, as written and percent-decoded: libraries quote either in their errors."""
+    """Register the passwords of a URL, as written and percent-decoded: libraries quote either in their errors."""
     found = _URL.match(url)
-    if found:
-        register_secret(found["password"])
-        register_secret(unquote(found["password"]))
+    passwords = [found["password"]] if found else []
+    passwords += [query["value"] for query in _QUERY_PASSWORD.finditer(url)]
+    for password in passwords:
+        register_secret(password)
+        register_secret(unquote(password))
 
 
 def redact(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeAlias
 from urllib.parse import parse_qs, urlsplit
 
@@ -18,10 +19,12 @@ from streamd.redact import redact, register_url
 Client: TypeAlias = redis.Redis | RedisCluster
 REDIS_ERRORS = (redis.RedisError, redis.exceptions.RedisClusterException)  # the latter is none of the former
 
+_NONE: Mapping[str, str] = MappingProxyType({})
 CONNECT_TIMEOUT_S = 2.0
 NUM_CLUSTER_RETRIES = 3  # within one command: redis-py learns the new layout of a cluster by failing once
 
 _OPTIONS = {"ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "db", "username", "password"}
+_SENTINEL_OPTIONS = {"sentinel_username", "sentinel_password"}
 _FORM = (
     "the URL must read like redis://[USER:PASSWORD@]HOST[:PORT][/DB], unix:///PATH, "
     "redis+sentinel://[USER:PASSWORD@]HOST:PORT,HOST:PORT/SERVICE[/DB] or redis+cluster://[USER:PASSWORD@]HOST:PORT, "
@@ -42,30 +45,32 @@ _ADVICE: tuple[tuple[type[Exception], str], ...] = (
 )
 
 
-def make_client(url: str, reply_timeout_s: float, tls: Mapping[str, str] | None = None) -> Client:
+def make_client(url: str, reply_timeout_s: float, options: Mapping[str, str] = _NONE) -> Client:
     """Return a client; raise ValueError with advice where the URL is wrong.
 
     It connects on its first command, but a Cluster's asks for the layout here and raises one of REDIS_ERRORS.
-    `tls` has the options of redis-py: ssl_ca_certs, ssl_certfile, ssl_keyfile; a URL may give them in its query too.
+    `options` may have ssl_ca_certs, ssl_certfile and ssl_keyfile, and for the sentinels sentinel_username and
+    sentinel_password; a URL may give them in its query too.
     """
     register_url(url)
-    options, hosts, service = _read(url)
-    options |= tls or {}
-    options |= {"socket_timeout": reply_timeout_s, "socket_connect_timeout": CONNECT_TIMEOUT_S, "protocol": 2}
+    settings, hosts, service = _read(url)
+    settings |= options
+    asking_as = {name.removeprefix("sentinel_"): settings.pop(name) for name in _SENTINEL_OPTIONS & settings.keys()}
+    settings |= {"socket_timeout": reply_timeout_s, "socket_connect_timeout": CONNECT_TIMEOUT_S, "protocol": 2}
     never = Retry(NoBackoff(), 0)  # both ends retry themselves, and can be stopped while they wait
     kind = url.partition("://")[0].lower().partition("+")[2]
     if not kind:
-        pool = redis.ConnectionPool(**options, retry=never)
+        pool = redis.ConnectionPool(**settings, retry=never)
         return redis.Redis.from_pool(pool)
-    uses_tls = options.pop("connection_class", None) is not None
+    uses_tls = settings.pop("connection_class", None) is not None
     if kind == "cluster":
         nodes = [ClusterNode(host, port) for host, port in hosts]
         retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), NUM_CLUSTER_RETRIES)
         if uses_tls:
-            options["ssl"] = True
-        return RedisCluster(startup_nodes=nodes, retry=retry, **options)
-    asking = {name: value for name, value in options.items() if name.startswith(("socket_", "ssl_", "protocol"))}
-    sentinel = Sentinel(hosts, sentinel_kwargs={**asking, "ssl": uses_tls, "retry": never}, **options)
+            settings["ssl"] = True
+        return RedisCluster(startup_nodes=nodes, retry=retry, **settings)
+    asking = {name: value for name, value in settings.items() if name.startswith(("socket_", "ssl_", "protocol"))}
+    sentinel = Sentinel(hosts, sentinel_kwargs={**asking, **asking_as, "ssl": uses_tls, "retry": never}, **settings)
     client: redis.Redis = sentinel.master_for(service, ssl=uses_tls, retry=never)
     return client
 
@@ -79,6 +84,11 @@ def check_url(url: str) -> None:
 def explain(err: Exception) -> str:
     """Say what an error of redis-py means and what to do."""
     advice = next((advice for kind, advice in _ADVICE if isinstance(err, kind)), None)
+    if isinstance(err, redis.sentinel.MasterNotFoundError):
+        text, _, causes = str(err).partition(" : ")  # redis-py shows a page of each sentinel's settings here
+        if "AuthenticationError" in causes:
+            advice = "the sentinels refuse the login; correct sentinel_username and sentinel_password"
+        return redact(f"{advice} ({text})")
     return redact(f"{advice} ({err})" if advice else str(err))
 
 
@@ -98,7 +108,8 @@ def _split(url: str) -> tuple[dict[str, Any], list[tuple[str, int]], str]:
     if scheme not in ("redis", "rediss") or kind not in ("sentinel", "cluster"):
         raise ValueError("unknown scheme")
     parts = urlsplit(url)
-    if unknown := set(parse_qs(parts.query)) - _OPTIONS:
+    known = _OPTIONS | (_SENTINEL_OPTIONS if kind == "sentinel" else set())
+    if unknown := set(parse_qs(parts.query)) - known:
         raise ValueError(f"unknown options {unknown}")
     login, at, names = parts.netloc.rpartition("@")
     hosts = [_host(name) for name in names.split(",")]

@@ -105,8 +105,8 @@ class SentinelCase:
 
 
 @contextmanager
-def sentinel_redis(password: str = "") -> Iterator[SentinelCase]:
-    """Run the three; the replica is in step when this yields."""
+def sentinel_redis(password: str = "", sentinel_password: str = "") -> Iterator[SentinelCase]:
+    """Run the three; the replica is in step when this yields. The URL has no login for the sentinel."""
     primary_port, replica_port, sentinel_port = free_port(), free_port(), free_port()
     login = ["--requirepass", password, "--masterauth", password] if password else []
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
@@ -129,10 +129,11 @@ def sentinel_redis(password: str = "") -> Iterator[SentinelCase]:
             "sentinel down-after-milliseconds mymaster 1000",
             "sentinel failover-timeout mymaster 5000",
             *([f"sentinel auth-pass mymaster {password}"] if password else []),
+            *([f"requirepass {sentinel_password}"] if sentinel_password else []),
         ]
         settings.write_text("\n".join(lines) + "\n")
         stack.enter_context(redis_process(folder / "s", str(settings), port=sentinel_port, sentinel=True))
-        with redis.Redis(port=sentinel_port, decode_responses=True) as client:
+        with redis.Redis(port=sentinel_port, password=sentinel_password or None, decode_responses=True) as client:
             wait_for(lambda: client.sentinel_slaves("mymaster"), "the sentinel does not see the replica")
         user = f":{password}@" if password else ""
         hosts = f"127.0.0.1:{free_port()},127.0.0.1:{sentinel_port}"  # the first sentinel is away

@@ -285,6 +285,8 @@ def test_paths_of_the_spool_and_of_certificates_begin_at_the_file(tmp_path: Path
         ("{url: 'redis://h', ca_file: ca.crt}", "need a URL that begins with rediss"),
         ("{url: 'rediss://h', cert_file: own.crt}", "cert_file and key_file belong together"),
         ("{url: 'http://h'}", "must begin with redis://"),
+        ("{url: 'redis://h', sentinel_password: swordfish}", r"need a redis\[s\]\+sentinel:// URL"),
+        ("{url: 'redis+sentinel://h/s', sentinel_username: u}", "sentinel_username needs sentinel_password"),
         ("{url: 'unix+cluster://h'}", "must begin with redis://"),
     ],
 )

@@ -37,7 +37,7 @@ def seqs_of(url: str, stream: str, count: int) -> list[int]:
 
 def check_both_ways(url: str, tls: dict[str, str] | None = None, reader_url: str | None = None) -> None:
     """Publish live and store, and read both with the client."""
-    sink, store = RedisSink(url, tls=tls or {}), RedisStore(url, tls=tls or {})
+    sink, store = RedisSink(url, options=tls or {}), RedisStore(url, options=tls or {})
     sink.open()
     store.open()
     with subscribe(reader_url or url, timeout_s=30.0) as listener:
@@ -129,6 +129,19 @@ def test_a_sentinel_names_the_primary_before_and_after_a_fail_over() -> None:
         assert seqs_of(case.url, "late", 3) == [0, 1, 2]
 
 
+def test_sentinels_may_ask_for_a_login_of_their_own() -> None:
+    with sentinel_redis(password="sesame-open", sentinel_password="s3ntinel@pass") as case:
+        login = {"sentinel_password": "s3ntinel@pass"}
+        check_both_ways(case.url, login, f"{case.url}?sentinel_username=default&sentinel_password=s3ntinel%40pass")
+        for wrong in ({}, {"sentinel_password": "wrong-wrong"}):
+            sink = RedisSink(case.url, options=wrong)
+            sink.open()
+            with pytest.raises(PublishError, match="the sentinels refuse the login") as raised:
+                sink.ping()
+            assert "wrong-wrong" not in str(raised.value) and len(str(raised.value)) < 300
+            sink.close()
+
+
 def test_a_sentinel_that_knows_no_such_service_is_told() -> None:
     with sentinel_redis() as case:
         sink = RedisSink(case.url.replace("mymaster", "other"))
@@ -155,7 +168,7 @@ def test_a_cluster_that_is_not_there_is_told() -> None:
     "url",
     [
         "redis+sentinel://h:26379,i:26380/svc",
-        "rediss+sentinel://u:p%40@h/svc/3?ssl_ca_certs=/ca.crt",
+        "rediss+sentinel://u:p%40@h/svc/3?ssl_ca_certs=/ca.crt&sentinel_username=u&sentinel_password=p",
         "redis+cluster://h:1,[::1]:2",
         "redis+cluster://:p@h",
     ],
@@ -176,6 +189,7 @@ def test_urls_of_all_kinds_are_read(url: str) -> None:
         "redis+ring://h",
         "unix+cluster://h",
         "redis+cluster://h?ssl_cert_reqs=none",
+        "redis+cluster://h?sentinel_password=p",
     ],
 )
 def test_a_wrong_url_says_the_forms(url: str) -> None:

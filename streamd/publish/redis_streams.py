@@ -18,16 +18,16 @@ from streamd.redis_connection import REDIS_ERRORS, Client, check_url, explain, m
 from streamd.wire import channel, stream_key
 
 REPLY_TIMEOUT_S = 2.0
-_NO_TLS_OPTIONS: Mapping[str, str] = MappingProxyType({})
+_NO_OPTIONS: Mapping[str, str] = MappingProxyType({})
 _QUOTED_COMMAND = re.compile(r"^Command # \d+ \(.*\) of pipeline caused error: ", re.DOTALL)
 
 
 class _Connection:
     """A client made on its first use, since a Cluster's asks its server at once; for one thread."""
 
-    def __init__(self, url: str, tls: Mapping[str, str]) -> None:
+    def __init__(self, url: str, options: Mapping[str, str]) -> None:
         self._url = url
-        self._tls = tls
+        self._options = options
         self._client: Client | None = None
 
     @property
@@ -44,7 +44,7 @@ class _Connection:
     def client(self) -> Client:
         """Return the client; raise what redis-py raises."""
         if self._client is None:
-            self._client = make_client(self._url, REPLY_TIMEOUT_S, self._tls)
+            self._client = make_client(self._url, REPLY_TIMEOUT_S, self._options)
         return self._client
 
     def ping(self) -> None:
@@ -76,9 +76,9 @@ class RedisSink:
         pubsub: bool = True,
         streams: bool = True,
         max_len: int = 1000,
-        tls: Mapping[str, str] = _NO_TLS_OPTIONS,
+        options: Mapping[str, str] = _NO_OPTIONS,
     ) -> None:
-        self._connection = _Connection(url, tls)
+        self._connection = _Connection(url, options)
         self._pubsub = pubsub
         self._streams = streams
         self._max_len = max_len
@@ -132,8 +132,8 @@ class RedisStore:
     that it would lose the oldest (seen with Redis 7.0.15).
     """
 
-    def __init__(self, url: str, max_len: int = 1000, tls: Mapping[str, str] = _NO_TLS_OPTIONS) -> None:
-        self._connection = _Connection(url, tls)
+    def __init__(self, url: str, max_len: int = 1000, options: Mapping[str, str] = _NO_OPTIONS) -> None:
+        self._connection = _Connection(url, options)
         self._max_len = max_len
 
     @property
