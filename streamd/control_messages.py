@@ -65,13 +65,23 @@ class ModelEntry(_Record, frozen=True):
     devices: tuple[str, ...]
 
 
-class PublisherEntry(_Record, frozen=True):
+class SpoolEntry(_Record, frozen=True):
+    """What a spool holds."""
+
+    entries: int  # that wait for Redis
+    bytes: int  # of these, about
+    accepted: int  # written to the disk since the start
+
+
+class PublisherEntry(_Record, frozen=True, omit_defaults=True):
     """One publisher."""
 
     name: str
     healthy: bool
     sent: int
     dropped: int
+    queued: int  # messages that wait in memory
+    spool: SpoolEntry | None = None  # where it has one
 
 
 class DaemonState(_Record, frozen=True):

@@ -8,8 +8,10 @@ from collections.abc import Iterable
 from streamd import __version__
 from streamd.announce import Announcer, status_message
 from streamd.config import Config
-from streamd.control_messages import DaemonState, ModelEntry, PublisherEntry, StreamEntry
+from streamd.control_messages import DaemonState, ModelEntry, PublisherEntry, SpoolEntry, StreamEntry
 from streamd.pipeline import Pipeline
+from streamd.publish import Carrier
+from streamd.publish.stored import StoredPublisher
 from streamd.publishers import Publishers
 
 
@@ -23,10 +25,7 @@ def describe(
         uptime_s=round(uptime_s, 1),
         streams=tuple(_streams(config, pipeline, announcer)),
         models=tuple(_models(pipeline)),
-        publishers=tuple(
-            PublisherEntry(name=one.name, healthy=one.healthy, sent=one.num_sent, dropped=one.num_dropped)
-            for one in publishers.all
-        ),
+        publishers=tuple(map(_publisher, publishers.all)),
     )
 
 
@@ -38,6 +37,22 @@ def _streams(config: Config, pipeline: Pipeline, announcer: Announcer) -> Iterab
                 model=config.model_of(status.stream),
                 published=announcer.num_published(status.stream),
             )
+
+
+def _publisher(publisher: Carrier) -> PublisherEntry:
+    return PublisherEntry(
+        name=publisher.name,
+        healthy=publisher.healthy,
+        sent=publisher.num_sent,
+        dropped=publisher.num_dropped,
+        queued=publisher.num_queued,
+        spool=_spool(publisher) if isinstance(publisher, StoredPublisher) else None,
+    )
+
+
+def _spool(publisher: StoredPublisher) -> SpoolEntry:
+    spool = publisher.spool
+    return SpoolEntry(entries=spool.num_entries, bytes=spool.num_bytes, accepted=publisher.num_accepted)
 
 
 def _models(pipeline: Pipeline) -> Iterable[ModelEntry]:

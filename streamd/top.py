@@ -67,8 +67,12 @@ def _state(entry: StreamEntry) -> Text:
 
 
 def _publisher(entry: PublisherEntry) -> Text:
-    health = "" if entry.healthy else ", failing"
-    return Text(f"{entry.name}: {entry.sent} sent, {entry.dropped} lost{health}", style="dim" if not health else "red")
+    said = [f"{entry.sent} sent", f"{entry.dropped} lost"]
+    if entry.spool:
+        said.append(f"{entry.spool.entries} in the spool ({entry.spool.bytes / (1 << 20):.1f} MiB)")
+    if not entry.healthy:
+        said.append("failing")
+    return Text(f"{entry.name}: {', '.join(said)}", style="dim" if entry.healthy else "red")
 
 
 def _duration(seconds: float) -> str:

@@ -27,6 +27,7 @@ from streamd.control_messages import (
     ReloadRequest,
     RemoveRequest,
     Request,
+    SpoolEntry,
     StatusRequest,
     StreamEntry,
 )
@@ -60,7 +61,17 @@ def state_with(published: int) -> DaemonState:
         uptime_s=200.0,
         streams=(entry("gate", "running", published=published), entry("yard", "unreachable", "refused")),
         models=(ModelEntry(name="people", network="yolox_s", sha256="ab" * 32, devices=("cuda:0",)),),
-        publishers=(PublisherEntry(name="redis redis://h", healthy=False, sent=5, dropped=3),),
+        publishers=(
+            PublisherEntry(name="redis redis://h", healthy=False, sent=5, dropped=3, queued=0),
+            PublisherEntry(
+                name="stored redis redis://h",
+                healthy=True,
+                sent=8,
+                dropped=0,
+                queued=2,
+                spool=SpoolEntry(entries=70, bytes=3 << 20, accepted=78),
+            ),
+        ),
     )
 
 
@@ -105,6 +116,7 @@ def test_status_shows_what_runs_and_why_something_does_not(daemon: FakeDaemon) -
     shown = daemon.run("status")
     for expected in ("1.2.3", "4711", "3 min", "gate", "running", "yard: refused", "yolox_s", "3 lost, failing"):
         assert expected in shown
+    assert "stored redis redis://h: 8 sent, 0 lost, 70 in the spool (3.0 MiB)" in shown
 
 
 def test_status_as_json_is_the_daemons_own_description(daemon: FakeDaemon) -> None:

@@ -184,7 +184,10 @@ def test_another_model_file_takes_over_between_two_results_and_the_stream_stays_
     [
         ({"streams": {"steady": {"url": "a.mp4", "fsp": 5}}}, "unknown key 'fsp' (did you mean 'fps'?)"),
         ({"models": {"m": {"path": "/nowhere/new.pt"}}}, "/nowhere/new.pt: no such file"),
-        ({"publish": {"zeromq": {"bind": "tcp://192.0.2.1:5555"}}}, "this machine has no such address"),
+        (
+            {"publish": {"zeromq": {"bind": "tcp://192.0.2.1:5555", "insecure": True}}},
+            "this machine has no such address",
+        ),
     ],
 )
 def test_a_change_that_cannot_be_made_is_refused_whole_and_told_to_who_asked_and_once_to_the_log(

@@ -18,6 +18,8 @@ import redis
 from streamd.client import subscribe
 from streamd.config import Config, SpoolConfig
 from streamd.config_file import parse
+from streamd.control_client import ask
+from streamd.control_messages import StatusRequest
 from streamd.errors import ConfigError
 from streamd.feeds.repeats import Repeats
 from streamd.publish import Outgoing
@@ -177,17 +179,28 @@ def test_the_daemon_stores_what_it_finds_while_redis_is_away(
             "spool": {"path": "spool.sqlite"},
         },
         "metrics": {"listen": None},
+        "control": {"path": str(tmp_path / "control.sock")},
     }
     with DaemonProcess(tmp_path, config):
         with subscribe(address, "clip", timeout_s=60.0) as live:
             next(live)
             durable.kill()
             away = [next(live).seq for _ in range(30)]
+            wait_until(lambda: waiting_in_spool(tmp_path / "control.sock") > 0)
             durable.start()
         with subscribe(durable.url, "clip", since="0", timeout_s=60.0) as stored:
             seqs = [next(stored).seq for _ in range(away[-1] + 1)]
     assert seqs == list(range(away[-1] + 1)), "what was found meanwhile is there too, in order"
     assert (tmp_path / "spool.sqlite").exists()
+
+
+def waiting_in_spool(socket: Path) -> int:
+    """Ask a daemon how many entries wait in its spool."""
+    state = ask(socket, StatusRequest(), 30.0).state
+    assert state is not None
+    [entry] = [one for one in state.publishers if one.spool]
+    assert entry.spool is not None and (entry.spool.bytes > 0) == (entry.spool.entries > 0)
+    return entry.spool.entries
 
 
 @pytest.fixture
