@@ -129,6 +129,7 @@ def status_message(status: Status) -> wire.StatusMessage:
         frames=status.frames,
         dropped=status.dropped,
         corrupt=status.corrupt,
+        error=status.error,
     )
 
 

@@ -85,6 +85,12 @@ class StreamDefaults(Section):
     max_latency_ms: float = Field(
         200, gt=0, le=60_000, description="What the stream's user accepts from arrival to result; sizes the batches."
     )
+    tls_verify: bool = Field(
+        True, description="rtsps and https: check the camera's certificate, and that it is for the URL's host."
+    )
+    ca_file: str | None = Field(
+        None, description="rtsps and https: who signs the camera's certificate; whom the system trusts by default."
+    )
     open_timeout_s: float = Field(5, gt=0, le=300, description="For connecting and for the first packets.")
     read_timeout_s: float = Field(5, gt=0, le=300, description="For one read from the connection.")
     stall_timeout_s: float = Field(5, gt=0, le=300, description="Without a frame for so long, the stream reconnects.")

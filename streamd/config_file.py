@@ -5,20 +5,22 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from pydantic import SecretStr, ValidationError
 
 from streamd import curve
-from streamd.config import Config, is_file_url, with_defaults
+from streamd.config import Config, StreamConfig, is_file_url, with_defaults
 from streamd.errors import ConfigError
 from streamd.file_errors import Problem, error_of, explain, nearest, read_text, value_at
 from streamd.redact import register_secret, register_url
 from streamd.yaml_tree import Place, YamlTree
 
 _SUBSTITUTION = re.compile(r"\$\$|\$\{([^}]*)(\}?)")
+_LOGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?P<login>(?:\$\{[^}]*\}|[^/])*)@", re.IGNORECASE)  # of a URL
 _MAX_SECRET_BYTES = 64 << 10
 
 
@@ -120,9 +122,20 @@ def _substitute(value: Any, place: Place, folder: Path, problems: list[Problem])
             problems.append(Problem(place, str(err)))
             return match[0]
         register_secret(secret)
-        return secret
+        return _encoded_in_login(secret, value, match.start())
 
     return _SUBSTITUTION.sub(look_up, value)
+
+
+def _encoded_in_login(secret: str, text: str, position: int) -> str:
+    """Percent-encode a secret that becomes the user or password of a URL, where an @ or / would end it."""
+    login = _LOGIN.match(text)
+    if not login or not login.start("login") <= position < login.end("login"):
+        return secret
+    is_whole_login = ":" not in text[login.start("login") : position]  # ${LOGIN} may be user:password
+    encoded = quote(secret, safe=":" if is_whole_login else "")
+    register_secret(encoded)
+    return encoded
 
 
 def _look_up(name: str, folder: Path) -> str:
@@ -205,6 +218,15 @@ def _cross_checks(written: Any, merged: Any) -> Iterator[Problem]:
                 yield Problem(("streams", name, "pace"), "only a file can be read faster than real time")
 
 
+def _with_absolute_stream_paths(stream: StreamConfig, absolute: Callable[[str], str]) -> StreamConfig:
+    files: dict[str, Any] = {}
+    if "://" not in (url := stream.url.get_secret_value()):
+        files["url"] = SecretStr(absolute(url))
+    if stream.ca_file is not None:
+        files["ca_file"] = absolute(stream.ca_file)
+    return stream.model_copy(update=files) if files else stream
+
+
 def _has_redis_streams(tree: Any) -> bool:
     redis = value_at(tree, ("publish", "redis"))
     return isinstance(redis, dict) and redis.get("streams") is not False
@@ -222,12 +244,7 @@ def _with_absolute_paths(config: Config, folder: Path) -> Config:
         else model
         for name, model in config.models.items()
     }
-    streams = {
-        name: stream
-        if "://" in (url := stream.url.get_secret_value())
-        else stream.model_copy(update={"url": SecretStr(absolute(url))})
-        for name, stream in config.streams.items()
-    }
+    streams = {name: _with_absolute_stream_paths(stream, absolute) for name, stream in config.streams.items()}
     publish = config.publish
     if publish.spool.path is not None:
         spool = publish.spool.model_copy(update={"path": absolute(publish.spool.path)})

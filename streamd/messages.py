@@ -27,9 +27,13 @@ class StreamState(StrEnum):
     WAITING_KEYFRAME = "waiting_keyframe"  # connected; nothing that can be decoded yet
     RUNNING = "running"  # frames arrive
     STALLED = "stalled"  # connected, but no frame for `stall_timeout_s`
-    UNREACHABLE = "unreachable"  # refused, timed out, or the name does not resolve
+    UNREACHABLE = "unreachable"  # refused, timed out, closed, or the name does not resolve
     UNAUTHORIZED = "unauthorized"  # the camera refuses the password
     NOT_FOUND = "not_found"  # the camera or the disk has no such path
+    REJECTED = "rejected"  # the camera refuses for another reason, such as too many viewers
+    TLS_ERROR = "tls_error"  # the camera's certificate is not trusted, or is for another name
+    PROTOCOL_ERROR = "protocol_error"  # what came is not what the URL's scheme promises
+    UNSUPPORTED = "unsupported"  # the video is of a kind that cannot be decoded here
     FAILED = "failed"  # anything else, with its reason
     ENDED = "ended"  # a file came to its end, or the daemon stops
 
@@ -206,3 +210,4 @@ class Status:
     frames: int  # decoded since the daemon started
     dropped: int  # decoded but not processed
     corrupt: int  # dropped because the decoder saw damage
+    error: str = ""  # the state of the last failure, until the stream runs again

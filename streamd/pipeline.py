@@ -27,7 +27,7 @@ from streamd.messages import Frame, Result, Status, StreamState
 from streamd.metrics.readings import LaneMeter, StreamReading
 from streamd.models.spec import ModelSpec
 from streamd.redact import register_url
-from streamd.sources import Source, SourceOptions, Timeline, open_source
+from streamd.sources import Source, SourceOptions, Timeline, Transport, open_source
 from streamd.stream import Stream
 from streamd.thread_names import name_thread
 
@@ -86,10 +86,13 @@ def connector(
         transport=config.transport,
         open_timeout_s=config.open_timeout_s,
         read_timeout_s=config.read_timeout_s,
+        tls_verify=config.tls_verify,
+        ca_file=config.ca_file,
     )
+    transport = Transport(options)
 
     def connect(first_seq: int) -> Connection:
-        source = open_source(options, timeline)
+        source = open_source(options, timeline, transport)
         try:
             choice = decoders.choose(wish, source.video.codec_context.name)
             decoder = choice.make(stream, source.video, first_seq)

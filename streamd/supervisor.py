@@ -89,6 +89,7 @@ class Supervisor:
         self._num_corrupt = 0
         self._num_thinned = 0
         self._num_failures: Counter[str] = Counter()
+        self._last_error = ""  # since the stream last ran
         self._newest_frame_s: float | None = None
         self._status = Status(stream, StreamState.CONNECTING, "", "", time.time(), None, 0, 0, 0, 0)
 
@@ -126,6 +127,7 @@ class Supervisor:
                     break
             except SourceError as err:
                 self._num_failures[err.state] += 1
+                self._last_error = err.state
                 if not self._policy.retry:
                     self._enter(StreamState(err.state), str(err))
                     return
@@ -170,6 +172,7 @@ class Supervisor:
                 continue
             if last is None:
                 self._running_since_s = now
+                self._last_error = ""
                 self._enter(StreamState.RUNNING)
             elif connection.decoder != self._status.decoder:
                 self._enter(StreamState.RUNNING, "another decoder took over", decoder=connection.decoder)
@@ -217,6 +220,7 @@ class Supervisor:
             frames=self._next_seq,
             dropped=self._num_skipped_late + self._num_corrupt,
             corrupt=self._num_corrupt,
+            error=self._last_error,
         )
 
 

@@ -199,6 +199,7 @@ class StatusMessage(Struct, frozen=True, kw_only=True):
     frames: Annotated[int, Meta(description="decoded since the daemon started")]
     dropped: Annotated[int, Meta(description="decoded but not processed")]
     corrupt: Annotated[int, Meta(description="dropped because the decoder saw damage")]
+    error: Annotated[str, Meta(description="the code of the last failure, until the stream runs again; or empty")] = ""
 
 
 Message: TypeAlias = DetectionsMessage | StatusMessage

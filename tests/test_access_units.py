@@ -128,9 +128,8 @@ def test_several_units_in_one_packet_are_all_seen() -> None:
 
 def test_a_picture_without_end_does_not_fill_the_memory() -> None:
     units = AccessUnits("h264")
-    piece = b"\x11" * (1 << 20)
-    for _ in range(40):
-        assert not list(units.feed(piece, 0))
+    for index in range(40):
+        assert not list(units.feed(bytes([0x11 + index]) * (1 << 20), 0))
     ((_, unit),) = play(units, [[START_CODE + SLICE]], first_pts=1)
     assert unit.corrupt and len(unit.data) <= 16 << 20
 

@@ -337,7 +337,7 @@ def test_dollars_that_begin_nothing_stay(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_a_secret_holds_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUTER", "${INNER}$$: {")
     config = config_of(with_stream('url: "rtsp://u:${OUTER}@camera"'))
-    assert config.streams["gate"].url.get_secret_value() == "rtsp://u:${INNER}$$: {@camera"
+    assert config.streams["gate"].url.get_secret_value() == "rtsp://u:%24%7BINNER%7D%24%24%3A%20%7B@camera"
 
 
 KEYS = sorted(

@@ -266,9 +266,9 @@ def web_camera(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         (401, "unauthorized", True),
         (403, "unauthorized", True),
         (404, "not_found", True),
-        (400, "failed", False),
-        (500, "failed", False),
-        (503, "failed", False),
+        (400, "rejected", False),
+        (500, "rejected", False),
+        (503, "rejected", False),
     ],
 )
 def test_a_refusal_over_http_is_its_state(web_camera: str, status: int, state: str, permanent: bool) -> None:
@@ -279,7 +279,7 @@ def test_a_refusal_over_http_is_its_state(web_camera: str, status: int, state: s
 
 def test_a_web_page_is_not_video(web_camera: str) -> None:
     err = failure(f"{web_camera}/page.html")
-    assert (err.state, str(err)) == ("failed", "answered with something that is not video")
+    assert (err.state, str(err)) == ("protocol_error", "answered with something that is not video")
 
 
 def test_a_clip_over_http_is_read_and_then_the_camera_is_gone(web_camera: str) -> None:

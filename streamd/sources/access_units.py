@@ -45,6 +45,8 @@ class _Picture:
     keyframe: bool = False
     whole_after: int | None = None  # pieces after which the rule first said that it was whole
     let_go: bool = False
+    last_piece: bytes = b""
+    follows_loss: bool = False  # packets before its first piece were lost, which may have been its own
 
 
 class AccessUnits:
@@ -69,17 +71,30 @@ class AccessUnits:
         """Say which picture is being joined."""
         return self._picture.pts
 
-    def feed(self, piece: bytes, pts: int | None, sender_at: float | None = None) -> Sequence[AccessUnit]:
-        """Take what came in one RTP packet; return the pictures that it completes."""
+    def feed(
+        self, piece: bytes, pts: int | None, sender_at: float | None = None, *, after_loss: bool = False
+    ) -> Sequence[AccessUnit]:
+        """Take what came in one RTP packet; return the pictures that it completes.
+
+        `after_loss`: packets between this one and the one before are missing.
+        """
         picture = self._picture
         completed: list[AccessUnit] | tuple[()] = ()
         if pts != picture.pts:
             if picture.pieces:
-                self._learn(picture)
+                if after_loss:
+                    self._truncated = True  # its end may be among what is missing
+                else:
+                    self._learn(picture)
                 completed = [self._unit(picture)]
-            picture = self._picture = _Picture(pts, sender_at)
+            picture = self._picture = _Picture(pts, sender_at, follows_loss=after_loss)
+        elif piece == picture.last_piece:
+            return completed  # a network repeats packets, and FFmpeg lets the repetition of the last one pass
+        elif after_loss:
+            self._truncated = True
         elif picture.let_go:
             self._note_mistake(picture)
+        picture.last_piece = piece
         self._add(picture, piece)
         # The rule: as many slices as the last picture had, and the last of them ended. (A first fragment is longer
         # than the others by the start code and the head that FFmpeg puts back.)
@@ -142,6 +157,14 @@ class AccessUnits:
         """Take what was joined out of the picture."""
         data = b"".join(picture.pieces)
         picture.pieces.clear()
-        unit = AccessUnit(data, picture.pts, picture.keyframe, picture.sender_at, self._truncated)
+        # After a loss a key frame is whole if its parameter sets came; any other picture may refer to what is missing.
+        is_whole = not picture.follows_loss or (picture.keyframe and self._begins_with_parameter_set(data))
+        unit = AccessUnit(data, picture.pts, picture.keyframe, picture.sender_at, self._truncated or not is_whole)
         self._truncated = False
         return unit
+
+    def _begins_with_parameter_set(self, data: bytes) -> bool:
+        head = data[4:5]
+        if not head:
+            return False
+        return head[0] >> 1 & 0x3F in (32, 33) if self._is_hevc else head[0] & 0x1F == 7
