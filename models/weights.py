@@ -60,15 +60,19 @@ RELEASES = {
 }
 
 
+def locate(name_or_path: str | Path, *, download: bool = True, progress: Progress | None = None) -> Path:
+    """Return the file that a model's name or path means: an artifact or a checkpoint. Raises ModelError."""
+    path = Path(name_or_path)
+    is_name = path.name == str(name_or_path) and path.suffix not in (".pt", ".pth") and not path.exists()
+    return find(str(name_or_path), download=download, progress=progress) if is_name else path
+
+
 def resolve(name_or_path: str | Path, *, download: bool = True, progress: Progress | None = None) -> Path:
     """Return the artifact for a model's name, a `.pt` artifact or a `.pth` checkpoint.
 
     A checkpoint is exported once and kept in the cache. Raises ModelError.
     """
-    path = Path(name_or_path)
-    is_name = path.name == str(name_or_path) and path.suffix not in (".pt", ".pth") and not path.exists()
-    if is_name:
-        path = find(str(name_or_path), download=download, progress=progress)
+    path = locate(name_or_path, download=download, progress=progress)
     if path.suffix != ".pth":
         artifact.read_spec(path)
         return path

@@ -8,11 +8,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from streamd.messages import Frame
 
+_MOST_READMITTED = 64  # frames that wait to be taken again before `readmit` itself waits
 _FAST_QUEUE_FRAMES = 8  # of a file that is read as fast as the model can: enough for one batch ahead
 
 
@@ -44,7 +45,7 @@ class Batcher:
         on_take: Callable[[Sequence[Frame]], None] = lambda frames: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`on_take` sees each batch's frames before any other thread can take the next."""
+        """`on_take` sees each batch's frames before any other thread can take the next, but no frame twice."""
         self._on_take = on_take
         self._clock = clock
         self._lock = threading.Lock()
@@ -52,6 +53,7 @@ class Batcher:
         self._room_came = threading.Condition(self._lock)
         self._mailboxes: OrderedDict[str, Mailbox] = OrderedDict()  # served longest ago first
         self._released: dict[str, Mailbox] = {}  # for the counts of frames that are still on their way
+        self._readmitted: deque[Frame] = deque()  # taken once already; they go first
         self._closed = False
 
     def add(self, stream: str, *, lossless: bool = False) -> None:
@@ -83,6 +85,24 @@ class Batcher:
             self._mailboxes[stream] = Mailbox(mailbox.lossless, mailbox.frames, mailbox.num_dropped)
             self._frame_came.notify()
 
+    def readmit(self, frames: Sequence[Frame], num_dropped: Mapping[str, int], *, by_taker: bool = False) -> bool:
+        """Have frames that were taken already, here or elsewhere, taken again before all others; False when closed.
+
+        `num_dropped` tells of each stream what the method of this name is to say until the stream itself comes. One
+        that takes from here itself is never refused; others wait for room.
+        """
+        with self._lock:
+            if not by_taker:
+                self._room_came.wait_for(lambda: len(self._readmitted) < _MOST_READMITTED or self._closed)
+                if self._closed:
+                    return False
+            for stream, count in num_dropped.items():
+                if stream not in self._mailboxes:
+                    self._released[stream] = Mailbox(lossless=False, num_dropped=count)
+            self._readmitted.extend(frames)
+            self._frame_came.notify()
+            return True
+
     def num_dropped(self, stream: str) -> int:
         """Count the frames of a stream that a newer one replaced."""
         with self._lock:
@@ -112,9 +132,11 @@ class Batcher:
             while True:
                 self._frame_came.wait_for(lambda: self._closed or self._is_ready(1))
                 self._wait_for_more(max_batch, self._clock() + max_wait_s)
-                frames = self._pick(max_batch)
+                again = self._pick_readmitted(max_batch)
+                frames = again or self._pick(max_batch)
                 if frames:
-                    self._on_take(frames)
+                    if not again:
+                        self._on_take(frames)
                     self._room_came.notify_all()
                 if frames or self._closed:
                     return frames
@@ -136,6 +158,8 @@ class Batcher:
 
     def _is_ready(self, num_frames: int) -> bool:
         """Tell whether so many frames wait, or so many that more would only replace them."""
+        if self._readmitted:
+            return True
         num_waiting, all_full = 0, True
         for mailbox in self._mailboxes.values():
             num_waiting += len(mailbox.frames)
@@ -143,6 +167,9 @@ class Batcher:
             if num_waiting >= num_frames:
                 return True
         return num_waiting > 0 and all_full
+
+    def _pick_readmitted(self, max_batch: int) -> list[Frame]:
+        return [self._readmitted.popleft() for _ in range(min(max_batch, len(self._readmitted)))]
 
     def _pick(self, max_batch: int) -> list[Frame]:
         """Take one frame of each stream in turn, the longest unserved first, until the batch is full."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 from pydantic import BaseModel
 
-from streamd.config import Config, PublishConfig, StreamConfig
+from streamd.config import Config, ModelConfig, PublishConfig, StreamConfig
 
 _PUBLISHERS = ("zeromq", "redis")
 _FOLLOWED = {("publish", "queue_size"), ("publish", "format"), ("metrics", "log_interval_s")}
 _FOLLOWED |= {("publish.zeromq.curve", "clients")}
-
+_OF_NEXT_VERSION = ("gate", "probation_s")  # keys of a model that are read when it is next replaced
 _SAID_AS_PUBLISHERS = {("publish", name) for name in _PUBLISHERS}
 
 
@@ -40,6 +40,7 @@ class Changes:
     publishers: Names = Names()
     followed: tuple[str, ...] = ()  # other keys, by their place, that apply at once
     at_restart: tuple[str, ...] = ()  # keys, by their place, that wait for the daemon's next start
+    notes: tuple[str, ...] = ()  # what else there is to say of them
 
     def __bool__(self) -> bool:
         return self != Changes()
@@ -53,12 +54,17 @@ class Changes:
             said.append(f"changed: {', '.join(self.followed)}")
         if self.at_restart:
             said.append(f"waits for a restart: {', '.join(self.at_restart)}")
-        return "; ".join(said) or "nothing changed"
+        return "; ".join((*said, *self.notes)) or "nothing changed"
 
 
-def difference(old: Config, new: Config) -> Changes:
-    """Compare two configurations. `defaults:` counts only through the streams that have a value from it."""
-    models = _names(old.models, new.models)
+def difference(old: Config, new: Config, replaced: Collection[str] = ()) -> Changes:
+    """Compare two configurations. `defaults:` counts only through the streams that have a value from it.
+
+    `replaced` names the models whose path means another file by now.
+    """
+    models = _names(*({name: _at_work(one) for name, one in tree.models.items()} for tree in (old, new)))
+    anew = tuple(name for name in new.models if name in models.changed or (name in old.models and name in replaced))
+    models = replace(models, changed=anew)
     kept = [name for name in new.streams if name in old.streams]
     changed = tuple(name for name in kept if not _is_same_camera(old.streams[name], new.streams[name]))
     moved = tuple(
@@ -71,12 +77,13 @@ def difference(old: Config, new: Config) -> Changes:
     places = [place for key in others for place in _different_keys(key, getattr(old, key), getattr(new, key))]
     if _has_same_port(old.publish, new.publish):
         places += _different_zeromq(old.publish, new.publish)
+    followed = [place for place in places if place in _FOLLOWED] + _gates(old.models, new.models)
     return Changes(
         streams=Names(streams.added, changed, streams.removed),
         moved=moved,
         models=models,
         publishers=_publishers(old.publish, new.publish),
-        followed=tuple(".".join(place) for place in places if place in _FOLLOWED),
+        followed=tuple(".".join(place) for place in followed),
         at_restart=tuple(".".join(filter(None, place)) for place in places if place not in _FOLLOWED),
     )
 
@@ -87,6 +94,21 @@ def _names(old: Mapping[str, object], new: Mapping[str, object]) -> Names:
         changed=tuple(name for name in new if name in old and new[name] != old[name]),
         removed=tuple(name for name in old if name not in new),
     )
+
+
+def _at_work(model: ModelConfig) -> ModelConfig:
+    """Leave out what concerns only the next version."""
+    return model.model_copy(update=dict.fromkeys(_OF_NEXT_VERSION))
+
+
+def _gates(old: Mapping[str, ModelConfig], new: Mapping[str, ModelConfig]) -> list[tuple[str, ...]]:
+    kept = [name for name in new if name in old]
+    return [
+        ("models", name, key)
+        for name in kept
+        for key in _OF_NEXT_VERSION
+        if getattr(old[name], key) != getattr(new[name], key)
+    ]
 
 
 def _is_same_camera(old: StreamConfig, new: StreamConfig) -> bool:

@@ -14,6 +14,7 @@ from rich.console import Console
 from streamd import __version__, control_commands
 from streamd.errors import ConfigError, ModelError, PublishError, StreamdError
 from streamd.eval_command import evaluate
+from streamd.hard_end import end_within
 from streamd.import_commands import import_app, read_labels
 from streamd.key_commands import keys_app
 from streamd.train_commands import data_app, train
@@ -23,6 +24,8 @@ Exit codes: 0 all went well, 1 something failed while running (systemd restarts 
 69 a publisher could not be set up (a port is taken), 78 the configuration or a model file is wrong (systemd does not
 restart), 130 interrupted.
 """
+
+_LEAVE_S = 10.0
 
 app = typer.Typer(
     name="streamd",
@@ -102,7 +105,9 @@ def run(config: ConfigPath, log_level: LogLevel = "info") -> None:
 
     gc.freeze()  # nor is it looked through later, while frames wait
     gc.enable()
-    raise SystemExit(Daemon(tree, path=config).run())
+    exit_code = Daemon(tree, path=config).run()
+    end_within(_LEAVE_S)  # the interpreter waits for nobody at its end, but a lost GPU's driver may
+    raise SystemExit(exit_code)
 
 
 @app.command()

@@ -40,6 +40,29 @@ class Section(BaseModel):
     __str__ = __repr__
 
 
+class GateConfig(Section):
+    """What a new version of a model must show before it takes over from the one at work."""
+
+    frames: int = Field(
+        8, ge=0, le=1000, description="Live frames of each running stream that both versions are given."
+    )
+    within_s: float = Field(10, gt=0, le=600, description="The longest wait for these frames.")
+    agreement: float | None = Field(
+        None, ge=0, le=1, description="Least agreement of the two on them, 0 to 1; null only tells it."
+    )
+    data: str | None = Field(None, description="A labelled set, as `streamd eval` reads it.")
+    min_ap: float | None = Field(None, ge=0, le=1, description="Least AP on `data` (PQ, mIoU of models of segments).")
+    pictures: int | None = Field(None, ge=1, description="Pictures of `data`, taken evenly from all; null: all.")
+
+    @model_validator(mode="after")
+    def _data_is_judged(self) -> GateConfig:
+        if (self.data is None) != (self.min_ap is None):
+            raise ValueError("data and min_ap belong together")
+        if self.agreement is not None and self.frames == 0:
+            raise ValueError("agreement needs frames")
+        return self
+
+
 class ModelConfig(Section):
     """One model and how it is run."""
 
@@ -62,6 +85,13 @@ class ModelConfig(Section):
     )
     workers: Auto | Annotated[int, Field(ge=1, le=64)] = Field("auto", description="Inference threads on a CPU.")
     threads: Auto | Annotated[int, Field(ge=1, le=256)] = Field("auto", description="CPU threads of each worker.")
+    sha256: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$", description="Of the file, as sha256sum says it; another file is refused."
+    )
+    gate: GateConfig | None = Field(GateConfig(), description="What a new version must pass; null: only loading.")
+    probation_s: float = Field(
+        60, ge=0, le=86_400, description="How long the version before stays in memory to take over from a failing one."
+    )
 
 
 class StreamDefaults(Section):

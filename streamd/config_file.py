@@ -13,7 +13,7 @@ from urllib.parse import quote
 from pydantic import SecretStr, ValidationError
 
 from streamd import curve
-from streamd.config import Config, StreamConfig, is_file_url, with_defaults
+from streamd.config import Config, ModelConfig, StreamConfig, is_file_url, with_defaults
 from streamd.errors import ConfigError
 from streamd.file_errors import Problem, error_of, explain, nearest, read_text, value_at
 from streamd.redact import register_secret, register_url
@@ -218,6 +218,15 @@ def _cross_checks(written: Any, merged: Any) -> Iterator[Problem]:
                 yield Problem(("streams", name, "pace"), "only a file can be read faster than real time")
 
 
+def _with_absolute_model_paths(model: ModelConfig, absolute: Callable[[str], str]) -> ModelConfig:
+    if "/" in model.path or model.path.endswith((".pt", ".pth")):
+        model = model.model_copy(update={"path": absolute(model.path)})
+    if model.gate is not None and model.gate.data is not None:
+        gate = model.gate.model_copy(update={"data": absolute(model.gate.data)})
+        model = model.model_copy(update={"gate": gate})
+    return model
+
+
 def _with_absolute_stream_paths(stream: StreamConfig, absolute: Callable[[str], str]) -> StreamConfig:
     files: dict[str, Any] = {}
     if "://" not in (url := stream.url.get_secret_value()):
@@ -238,12 +247,7 @@ def _with_absolute_paths(config: Config, folder: Path) -> Config:
     def absolute(path: str) -> str:
         return str((folder / os.path.expanduser(path)).absolute())
 
-    models = {
-        name: model.model_copy(update={"path": absolute(model.path)})
-        if "/" in model.path or model.path.endswith((".pt", ".pth"))
-        else model
-        for name, model in config.models.items()
-    }
+    models = {name: _with_absolute_model_paths(model, absolute) for name, model in config.models.items()}
     streams = {name: _with_absolute_stream_paths(stream, absolute) for name, stream in config.streams.items()}
     publish = config.publish
     if publish.spool.path is not None:

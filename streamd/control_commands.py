@@ -1,4 +1,4 @@
-"""`streamd status`, `top`, `streams` and `reload`: talk to a running daemon over its control socket."""
+"""`streamd status`, `top`, `streams`, `reload` and `rollback`: talk to a running daemon over its control socket."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ streams_app = typer.Typer(help="About the streams of a running daemon.", no_args
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
-    for command in (status, top, reload):
+    for command in (status, top, reload, rollback):
         app.command()(command)
     app.add_typer(streams_app, name="streams")
 
@@ -82,6 +82,20 @@ def reload(socket_path: SocketPath = None) -> None:
     from streamd.control_messages import ReloadRequest
 
     print(_ask(socket_path, ReloadRequest(), _CHANGE_TIMEOUT_S).done)
+
+
+def rollback(
+    model: Annotated[str, typer.Argument(help="As the configuration names it.")], socket_path: SocketPath = None
+) -> None:
+    """Have a running daemon go back to the version of a model that it had before; exit with 78 if it has none.
+
+    The configuration file stays as it is: it is followed again when the model's file, or a key of the model, changes.
+
+    Example: streamd rollback people
+    """
+    from streamd.control_messages import RollbackRequest
+
+    print(_ask(socket_path, RollbackRequest(model=model), _CHANGE_TIMEOUT_S).done)
 
 
 @streams_app.command("list")

@@ -45,7 +45,13 @@ class ReloadRequest(_Request, frozen=True, tag="reload"):
     """Read the configuration file again."""
 
 
-Request = StatusRequest | ListRequest | AddRequest | RemoveRequest | ReloadRequest
+class RollbackRequest(_Request, frozen=True, tag="rollback"):
+    """Take a model back to the version before."""
+
+    model: _Word
+
+
+Request = StatusRequest | ListRequest | AddRequest | RemoveRequest | ReloadRequest | RollbackRequest
 
 
 class StreamEntry(_Record, frozen=True):
@@ -63,6 +69,9 @@ class ModelEntry(_Record, frozen=True):
     network: str
     sha256: str  # of its weights: which version it is
     devices: tuple[str, ...]
+    previous: str | None = None  # sha256 of the version that a roll-back goes to
+    on_probation: bool = False  # the version before stands by in memory
+    last_event: str = ""  # what last became of a new version; empty before the first
 
 
 class SpoolEntry(_Record, frozen=True):

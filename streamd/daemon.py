@@ -17,8 +17,19 @@ from streamd.announce import Announcer
 from streamd.changes import Changes
 from streamd.config import Config
 from streamd.control import ControlServer, find_path
-from streamd.control_messages import AddRequest, Answer, ListRequest, RemoveRequest, Request, StatusRequest
+from streamd.control_messages import (
+    AddRequest,
+    Answer,
+    ListRequest,
+    RemoveRequest,
+    Request,
+    RollbackRequest,
+    StatusRequest,
+)
+from streamd.device_errors import is_device_lost
 from streamd.errors import ConfigError, StreamdError
+from streamd.hard_end import ending_within
+from streamd.lane import Lane
 from streamd.metrics.collector import Observed
 from streamd.metrics.exporter import Exporter
 from streamd.notify import Notifier
@@ -32,6 +43,7 @@ logger = logging.getLogger(__name__)
 EXIT_OK = 0
 EXIT_CRASHED = 1  # systemd restarts
 SHUTDOWN_DEADLINE_S = 10.0  # the unit's TimeoutStopSec is longer
+_HARD_END_S = 5.0  # after the deadline: then the process ends whatever hangs in it
 _RELOAD_STOP_S = 0.5  # for a refusal; a model that is loading takes longer, and is not waited for
 _STATUS_INTERVAL_S = 5.0  # states are repeated for subscribers that came late
 
@@ -52,7 +64,7 @@ class Daemon:
         self._announcer.store(config.stored_streams)
         self._observed = Observed(self._announcer, lambda: self._publishers.all, lambda: self._publishers.stored)
         self._exporter = Exporter(config.metrics.listen, self._observed)
-        self._reloader = Reloader(config, path, self._follow, self._notifier, self._on_crash)
+        self._reloader = Reloader(config, path, self._follow, self._notifier, self._on_crash, self._replaced)
         self._control = self._make_control(is_service=path is not None)
         self._pipeline: Pipeline | None = None  # until it is ready
         self._started_s = time.monotonic()
@@ -66,7 +78,8 @@ class Daemon:
                 try:
                     self._main_loop(pipeline)
                 finally:
-                    self._shut_down(pipeline)
+                    with ending_within(SHUTDOWN_DEADLINE_S + _HARD_END_S):
+                        self._shut_down(pipeline)
             finally:
                 if self._control:
                     self._control.stop()
@@ -87,6 +100,7 @@ class Daemon:
                 on_status=self._announcer.status,
                 on_crash=self._on_crash,
                 on_end=lambda: self.stop("all files came to their end"),
+                on_failure=self._on_failure,
             )
             pipeline.warm_up()
         except BaseException:
@@ -105,6 +119,7 @@ class Daemon:
         next_summary_s = time.monotonic() + self._config.metrics.log_interval_s
         summary = _Summary(self._announcer, self._publishers)
         while self._has_time():
+            self._look_after(pipeline)
             for status in pipeline.statuses():
                 self._announcer.status(status)
             num_streams = len(self._config.streams)
@@ -124,7 +139,20 @@ class Daemon:
                     self._reloader.reload()
         return self._stop_reason is None
 
-    def _follow(self, config: Config, changes: Changes) -> None:
+    def _look_after(self, pipeline: Pipeline) -> None:
+        """See to versions of models on probation, and to the GPUs: where one hangs here, the watchdog ends it all."""
+        try:
+            with self._following:
+                pipeline.look_after()
+        except RuntimeError as err:
+            logger.exception("a GPU does not answer")
+            self._on_crash(err)
+
+    def _replaced(self, config: Config) -> list[str]:
+        assert self._pipeline is not None, "the reloader starts after it"
+        return self._pipeline.replaced(config)
+
+    def _follow(self, config: Config, changes: Changes) -> tuple[str, ...]:
         """Change what runs, in the reloader's thread. Raises StreamdError, and then nothing has changed."""
         assert self._pipeline is not None, "the reloader starts after it"
         prepared = self._pipeline.prepare(config, changes)
@@ -139,6 +167,23 @@ class Daemon:
             self._pipeline.apply(prepared, changes)
             self._config = config
         self._publishers.retire(leaving)
+        return prepared.notes
+
+    def _go_back(self, model: str, why: str, failing: Lane | None = None) -> Changes:
+        """Roll a model back, in the reloader's thread; only if this lane is still at work, where one is given."""
+        assert self._pipeline is not None, "the reloader starts after it"
+        if failing is not None and failing not in self._pipeline.lanes:
+            return Changes()
+        prepared = self._pipeline.prepare_rollback(model)
+        with self._following:
+            if self._stop_reason is not None:
+                raise StreamdError("the daemon is stopping")
+            self._pipeline.roll_back(model, prepared, why)
+        return Changes(notes=(self._pipeline.model(model).last_event,))
+
+    def _on_failure(self, lane: Lane, err: Exception) -> None:
+        """Have a failing version rolled back; until then its frames go to the version before."""
+        self._reloader.ask(lambda: self._go_back(lane.name, f"it failed: {err}", lane), is_urgent=True)
 
     def _make_control(self, is_service: bool) -> ControlServer | None:
         control = self._config.control
@@ -165,6 +210,8 @@ class Daemon:
                 return self._reloader.add_stream(name, settings)
             case RemoveRequest(name=name):
                 return self._reloader.remove_stream(name)
+            case RollbackRequest(model=model):
+                return self._reloader.ask(lambda: self._go_back(model, "asked for on the control socket"))
             case StatusRequest() | ListRequest():
                 uptime_s = time.monotonic() - self._started_s
                 state = describe(self._config, self._pipeline, self._announcer, self._publishers, uptime_s)
@@ -189,7 +236,8 @@ class Daemon:
 
     def _on_crash(self, err: Exception) -> None:
         self._crashed = True
-        self.stop(f"a bug: {type(err).__name__}: {err}")
+        cause = "the GPU is lost to this process" if is_device_lost(err) else "a bug"
+        self.stop(f"{cause}: {type(err).__name__}: {err}")
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from streamd.device_errors import free_memory, is_out_of_memory
 from streamd.errors import ConfigError, ModelError
 from streamd.gpu.graph import Graph
 from streamd.messages import RawOutput
@@ -216,7 +217,14 @@ def choose_plan(model: Model, wish: Wish) -> Plan:
     for size in BATCH_LADDER[1:]:
         if size * best.workers > max(2, wish.num_streams):
             break
-        larger = Plan(best.workers, best.threads, size, model.images_per_s(best.workers, best.threads, size))
+        try:
+            larger = Plan(best.workers, best.threads, size, model.images_per_s(best.workers, best.threads, size))
+        except (RuntimeError, ModelError) as err:
+            if not is_out_of_memory(err):
+                raise
+            free_memory(err, model.device)
+            logger.info("%s: no memory for batches of %d", model.spec.name, size)
+            break
         logger.debug("%s: %s", model.spec.name, larger)
         if not larger.fits(wish.budget_ms) or larger.images_per_s < best.images_per_s * _WORTH_IT:
             break

@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
+import logging
 import queue
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from streamd.batch import Batcher
+from streamd.batch_limit import BatchLimit
 from streamd.config import ModelConfig, StreamConfig
-from streamd.errors import ConfigError
+from streamd.device_errors import free_memory, is_device_lost, is_out_of_memory
+from streamd.errors import ConfigError, ModelError
 from streamd.in_order import InOrder
-from streamd.infer import Model, Plan, Wish, choose_plan
+from streamd.infer import Plan, Wish, choose_plan
 from streamd.messages import Detections, Frame, Result, StageTimes
 from streamd.metrics.readings import LaneMeter
-from streamd.models import weights
+from streamd.model_file import ModelFile
 from streamd.models.spec import ModelSpec, NmsRule
 from streamd.runner import Runner, Running
 
+logger = logging.getLogger(__name__)
+
+_Begun = tuple[Running, Sequence[Frame]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fallback:
+    """Who sees to the frames of a lane that fails."""
+
+    lane: Lane  # of the version before, on the same device
+    on_failure: Callable[[Exception], None]  # hears once of what made the lane give up, in a worker's thread
+
 
 class Lane:
-    """Turn the frames of some streams into results, in each stream's order."""
+    """Turn the frames of some streams into results, in each stream's order.
 
-    def __init__(self, name: str, config: ModelConfig, device: str, in_order: InOrder) -> None:
+    No frame is lost to a model that fails. Where memory runs out, smaller batches are tried. On probation, any other
+    error makes the lane give up: its frames, those of the failed batch too, go to its fallback. Else the error comes
+    out of the worker.
+    """
+
+    def __init__(self, name: str, config: ModelConfig, device: str, in_order: InOrder, file: ModelFile) -> None:
         """Load the model. Raises ModelError or ConfigError.
 
         `in_order` is common to all lanes between which a stream may move.
@@ -31,17 +53,28 @@ class Lane:
         self.name = name
         self.device = device  # as the configuration says it
         self.config = config
-        self.model = Model(weights.resolve(config.path), device, config.precision)
+        self.file = file
+        self.model = file.load(device, config.precision)
         spec = self.model.spec
         self.meter = LaneMeter(name, str(self.model.device), spec.name, spec.weights_sha256)
         self.rule = _nms_rule(spec, config)
+        self.tap: Callable[[Result], None] | None = None  # sees each result; must not block
         self._wanted = _wanted_labels(spec, config)
         self._in_order = in_order
+        self._limit = BatchLimit(1)
+        self._fallback: Fallback | None = None
+        self._has_given_up = threading.Event()
+        self._is_closed = threading.Event()
         self.batcher = Batcher(on_take=in_order.expect)
 
     @property
     def spec(self) -> ModelSpec:
         return self.model.spec
+
+    @property
+    def has_given_up(self) -> bool:
+        """Tell whether all frames go to the fallback."""
+        return self._has_given_up.is_set()
 
     def plan(self, streams: Mapping[str, StreamConfig]) -> Plan:
         """Warm the model up and choose how to run it for these streams."""
@@ -59,61 +92,153 @@ class Lane:
         )
 
     def threads(self, plan: Plan) -> Mapping[str, Callable[[], None]]:
-        """Give what is to run, each in a thread of its own, until the batcher is closed and empty.
+        """Give what is to run, each in a thread of its own, until the lane is closed and nothing waits.
 
         On a CPU a worker does all of a batch. On a GPU one thread queues the work and another takes the results, so
-        that the GPU has its next batch while the host describes the last.
+        that the GPU has its next batch while the host describes the last. Raises ModelError where memory is short.
         """
+        num_runners = plan.workers if self.model.device.type == "cpu" else 1
+        runners, plan = self._runners(plan, num_runners)
+        self._limit = BatchLimit(plan.max_batch)
+        self.meter.batch_limit = plan.max_batch
         if self.model.device.type == "cpu":
-            runners = [self._runner(plan) for _ in range(plan.workers)]
             return {f"infer {self.name} {index}": self._worker(runner, plan) for index, runner in enumerate(runners)}
-        runner = self._runner(plan)
-        begun: queue.SimpleQueue[Running | None] = queue.SimpleQueue()  # bounded by the runner's slots
+        begun: queue.SimpleQueue[_Begun | None] = queue.SimpleQueue()  # bounded by the runner's slots
         return {
-            f"infer {self.name}": lambda: self._begin_all(runner, plan, begun),
-            f"finish {self.name}": lambda: self._finish_all(runner, begun),
+            f"infer {self.name}": lambda: self._begin_all(runners[0], begun),
+            f"finish {self.name}": lambda: self._finish_all(runners[0], begun),
         }
 
-    def _runner(self, plan: Plan) -> Runner:
-        runner = Runner(self.model, self.rule, plan.max_batch, self._wanted)
-        runner.capture()
-        return runner
+    def trial_runner(self) -> Runner:
+        """Make a runner for single frames beside those at work."""
+        return Runner(self.model, self.rule, 1, self._wanted, num_slots=1)
+
+    def rely_on(self, fallback: Fallback | None) -> None:
+        """Begin a probation, or end it."""
+        self._fallback = fallback
+
+    def close(self) -> None:
+        """Take no more frames; the workers end when nothing waits."""
+        self._is_closed.set()
+        self.batcher.close()
+
+    def _runners(self, plan: Plan, num_runners: int) -> tuple[list[Runner], Plan]:
+        """Make the runners, for smaller batches where the planned ones do not fit into memory."""
+        while True:
+            try:
+                runners = [Runner(self.model, self.rule, plan.max_batch, self._wanted) for _ in range(num_runners)]
+                for runner in runners:
+                    runner.capture()
+                return runners, plan
+            except (RuntimeError, ModelError) as err:
+                if not is_out_of_memory(err):
+                    raise
+                if plan.max_batch == 1:
+                    raise ModelError(f"{self.file.path}: not enough memory on {self.model.device}: {err}") from err
+                free_memory(err, self.model.device)
+            plan = replace(plan, max_batch=plan.max_batch // 2)
+            logger.warning("model %s: memory is short: batches of at most %d frames", self.name, plan.max_batch)
 
     def _worker(self, runner: Runner, plan: Plan) -> Callable[[], None]:
         def work() -> None:
             torch.set_num_threads(plan.threads)
             torch.set_flush_denormal(True)
-            while frames := self._take(plan):
-                self._complete(runner, runner.begin(frames))
+            while frames := self._take():
+                if running := self._begin(runner, frames):
+                    self._finish(runner, running, frames)
 
         return work
 
-    def _begin_all(self, runner: Runner, plan: Plan, begun: queue.SimpleQueue[Running | None]) -> None:
+    def _begin_all(self, runner: Runner, begun: queue.SimpleQueue[_Begun | None]) -> None:
         try:
-            while frames := self._take(plan):
-                begun.put(runner.begin(frames))
+            while frames := self._take():
+                if running := self._begin(runner, frames):
+                    begun.put((running, frames))
         finally:
             begun.put(None)
 
-    def _finish_all(self, runner: Runner, begun: queue.SimpleQueue[Running | None]) -> None:
+    def _finish_all(self, runner: Runner, begun: queue.SimpleQueue[_Begun | None]) -> None:
         while (batch := begun.get()) is not None:
-            self._complete(runner, batch)
+            self._finish(runner, *batch)
 
-    def _take(self, plan: Plan) -> Sequence[Frame]:
-        frames = self.batcher.take(plan.max_batch, self.config.max_wait_ms / 1e3)
+    def _take(self) -> Sequence[Frame]:
+        self.meter.batch_limit = self._limit.now
+        frames = self.batcher.take(self.meter.batch_limit, self.config.max_wait_ms / 1e3)
         if frames:
             self.meter.begin(frames[0], len(frames))
         return frames
 
-    def _complete(self, runner: Runner, running: Running) -> None:
-        runner.wait(running)
-        inferred_ns = time.monotonic_ns()
-        detections = runner.finish(running)
+    def _begin(self, runner: Runner, frames: Sequence[Frame]) -> Running | None:
+        """Begin a batch; None where its frames go elsewhere, or are taken again."""
+        if self._pass_on(frames):
+            return None
+        try:
+            return runner.begin(frames)
+        except Exception as err:
+            self._recover(err, frames)
+            return None
+
+    def _finish(self, runner: Runner, running: Running, frames: Sequence[Frame]) -> None:
+        try:
+            runner.wait(running)
+            inferred_ns = time.monotonic_ns()
+            num_senseless = runner.num_senseless(running)
+            detections = runner.finish(running)
+            if num_senseless == len(frames) and self._fallback:
+                raise ModelError(f"{self.file.path}: gives nothing but NaN and infinity")
+        except Exception as err:
+            self._recover(err, frames)
+            return
+        if self._pass_on(frames):  # or the versions would alternate
+            return
+        self._limit.sufficed()
+        self._note_senseless(num_senseless, frames[0])
         results = self._results(running, detections, inferred_ns)
         for result in results:
             self.meter.waited(result.times)
-        self.meter.end(running.batch.frames[0], results[0].times)
+            if self.tap:
+                self.tap(result)
+        self.meter.end(frames[0], results[0].times)
         self._in_order.complete(results)
+
+    def _recover(self, err: Exception, frames: Sequence[Frame]) -> None:
+        """Have a failed batch's frames taken again, here or by the fallback. Raises what cannot be recovered from."""
+        if is_device_lost(err):
+            raise err
+        if fallback := self._fallback:
+            if not self._has_given_up.is_set():
+                self._has_given_up.set()
+                fallback.on_failure(err)
+            if self._pass_on(frames):
+                return
+        pause_s = self._limit.ran_out(len(frames)) if is_out_of_memory(err) else None
+        if pause_s is None:
+            raise err
+        self.meter.num_out_of_memory += 1
+        logger.warning(
+            "model %s on %s: out of memory with %d frame(s) in a batch; at most %d for now",
+            *(self.name, self.model.device, len(frames), self._limit.now),
+        )
+        free_memory(err, self.model.device)
+        self._is_closed.wait(pause_s)
+        self.meter.abandon(frames[0])
+        self.batcher.readmit(frames, {}, by_taker=True)
+
+    def _pass_on(self, frames: Sequence[Frame]) -> bool:
+        """Give the frames to the fallback, if this lane has given up."""
+        fallback = self._fallback
+        if fallback is None or not self._has_given_up.is_set():
+            return False
+        dropped = {frame.stream: self.batcher.num_dropped(frame.stream) for frame in frames}
+        is_taken = fallback.lane.batcher.readmit(frames, dropped)
+        if is_taken:
+            self.meter.abandon(frames[0])
+        return is_taken
+
+    def _note_senseless(self, num_frames: int, first: Frame) -> None:
+        if num_frames and not self.meter.num_senseless:  # the counter says how often
+            logger.error("%s: model %s gives nothing but NaN and infinity", first.stream, self.name)
+        self.meter.num_senseless += num_frames
 
     def _results(self, running: Running, detections: Sequence[Detections], inferred_ns: int) -> list[Result]:
         done_ns = time.monotonic_ns()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from streamd.config import Config, StreamConfig
 from streamd.in_order import InOrder
 from streamd.lane import Lane, devices
+from streamd.model_file import ModelFile
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,8 @@ class Prepared:
 
     config: Config
     lanes: Lanes  # old and new
-    work: list[Work]  # of the new ones
+    work: Mapping[Lane, Work]  # of the new ones
+    notes: tuple[str, ...] = ()  # for the operator: what the gate has found
 
 
 def load(config: Config, kept: Lanes, in_order: InOrder) -> Lanes:
@@ -33,10 +35,15 @@ def load(config: Config, kept: Lanes, in_order: InOrder) -> Lanes:
     """
     lanes = {}
     for name, num_streams in Counter(config.model_of(stream) for stream in config.streams).items():
-        model, present = config.models[name], kept.get(name, [])
+        present = kept.get(name, [])
+        model = present[0].config if present else config.models[name]  # a version that was rolled back is not run
         wanted = devices(model)[:num_streams]
         missing = [device for device in wanted if device not in [lane.device for lane in present]]
-        lanes[name] = present + [Lane(name, model, device, in_order) for device in missing]
+        lanes[name] = list(present)
+        if missing:
+            # Of several GPUs each has the same version, whatever the path means by now.
+            file = present[0].file if present else ModelFile(model)
+            lanes[name] += [Lane(name, model, device, in_order, file) for device in missing]
     return lanes
 
 
@@ -47,15 +54,15 @@ def warm(lane: Lane, streams: Mapping[str, StreamConfig]) -> Work:
     return lane.threads(plan)
 
 
-def warm_new(config: Config, lanes: Lanes, present: list[Lane]) -> list[Work]:
+def warm_new(config: Config, lanes: Lanes, present: Collection[Lane]) -> Mapping[Lane, Work]:
     """Warm the lanes that are not yet at work, each for its share of the model's streams."""
-    work = []
+    work = {}
     for name, group in lanes.items():
         streams = [stream for stream in config.streams if config.model_of(stream) == name]
         for index, lane in enumerate(group):
             if lane not in present:
                 served = streams[index :: len(group)] or streams
-                work.append(warm(lane, {stream: config.streams[stream] for stream in served}))
+                work[lane] = warm(lane, {stream: config.streams[stream] for stream in served})
     return work
 
 

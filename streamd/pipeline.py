@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from os import PRIO_PROCESS, setpriority
 
 import torch
@@ -19,16 +20,20 @@ from streamd.allocator import keep_freed_memory
 from streamd.changes import Changes
 from streamd.config import Config, StreamConfig
 from streamd.decode import Decoder, Decoders, Wish
-from streamd.errors import ModelError, SourceError
+from streamd.device_errors import probe
+from streamd.errors import ModelError, SourceError, StreamdError
+from streamd.gate import judge
 from streamd.in_order import InOrder
-from streamd.lane import Lane
+from streamd.lane import Lane, devices
 from streamd.lanes import Lanes, Prepared, Work, flat, load, warm, warm_new
 from streamd.messages import Frame, Result, Status, StreamState
-from streamd.metrics.readings import LaneMeter, StreamReading
+from streamd.metrics.readings import LaneMeter, ModelReading, StreamReading
+from streamd.model_file import is_replaced
 from streamd.models.spec import ModelSpec
 from streamd.redact import register_url
 from streamd.sources import Source, SourceOptions, Timeline, Transport, open_source
 from streamd.stream import Stream
+from streamd.swap import OnFailure, Swaps
 from streamd.thread_names import name_thread
 
 logger = logging.getLogger(__name__)
@@ -108,7 +113,8 @@ class Pipeline:
     """All the threads between the cameras and the publishers.
 
     `warm_up`, `start`, then `close_intake`, `drain` and `join_sources`: in this order, each once, by one thread.
-    Between `start` and `close_intake`, `prepare` and `apply` follow a changed configuration, one at a time.
+    Between `start` and `close_intake`, `prepare` and `apply` follow a changed configuration, `prepare_rollback` and
+    `roll_back` take a model back to the version before: one change at a time.
     """
 
     def __init__(
@@ -118,13 +124,15 @@ class Pipeline:
         on_status: Callable[[Status], None] = lambda status: None,
         on_crash: Callable[[Exception], None] = lambda err: None,
         on_end: Callable[[], None] = lambda: None,
+        on_failure: OnFailure = lambda lane, err: None,
         *,
         retry: bool = True,
     ) -> None:
         """Load the models. Raises ModelError or ConfigError.
 
         `deliver` gets each stream's results in order, from worker threads, and must not block for long.
-        `on_crash` hears of an error that is a bug and ends the daemon, `on_end` that the last stream ended.
+        `on_crash` hears of an error that is a bug and ends the daemon, `on_end` that the last stream ended,
+        `on_failure` of a new version of a model that fails and is to be rolled back.
         Without `retry` a stream that fails ends, and its last status says why.
         """
         self._config = config
@@ -137,7 +145,9 @@ class Pipeline:
         self._is_over = False
         self._in_order = InOrder(deliver)
         self._lanes = load(config, {}, self._in_order)
-        self._workers: list[threading.Thread] = []
+        self._files = {name: lanes[0].file for name, lanes in self._lanes.items()}  # what the configuration named
+        self._swaps = Swaps(on_failure)
+        self._workers: dict[Lane, list[threading.Thread]] = {}
         self._leaving: list[threading.Thread] = []  # of streams that were removed
         self._decoders: dict[torch.device, Decoders] = {}
         self._timelines: dict[str, Timeline] = {}  # by name, so that epochs go on where a stream comes back
@@ -173,6 +183,19 @@ class Pipeline:
         """Say what every model has counted on each of its devices."""
         return [lane.meter for lane in self.lanes]
 
+    def models(self) -> list[ModelReading]:
+        """Say which version of every model is at work."""
+        return [self.model(name) for name in self._lanes]
+
+    def model(self, name: str) -> ModelReading:
+        """Say which version of a model is at work."""
+        return self._swaps.reading(name, self.specs[name].weights_sha256)
+
+    def replaced(self, config: Config) -> list[str]:
+        """Name the models whose path means another file than when it was last followed."""
+        known = self._files.items()
+        return [name for name, file in known if name in config.models and is_replaced(file, config.models[name])]
+
     def first_frame(self, name: str) -> tuple[Frame, str]:
         """Connect a stream that was not started; return its first frame and its decoder. Raises SourceError."""
         config = self._config.streams[name]
@@ -193,7 +216,7 @@ class Pipeline:
         """Run each model until its settings are chosen, then start its workers."""
         for lane in self.lanes:
             served = {name: self._config.streams[name] for name, stream in self._streams.items() if stream.lane is lane}
-            self._start_workers(warm(lane, served))
+            self._start_workers(lane, warm(lane, served))
 
     def start(self, names: Iterable[str] | None = None) -> None:
         """Start these streams, each once; all of them by default."""
@@ -201,13 +224,18 @@ class Pipeline:
             self._start_stream(self._streams[name])
 
     def prepare(self, config: Config, changes: Changes) -> Prepared:
-        """Load and warm what a changed configuration needs; the data path goes on as it is.
+        """Load and warm what a changed configuration needs, and judge it; the data path goes on as it is.
 
         Raises ModelError or ConfigError, and then nothing has changed.
         """
         try:
             return self._prepare(config, changes)
-        except torch.OutOfMemoryError as err:
+        except (StreamdError, torch.OutOfMemoryError) as err:
+            for name in changes.models.changed:
+                self._swaps.note(name, "refused", f"the new version is refused: {err}")
+                self._say(name, f"the new version of the model {name} is refused: {err}")
+            if isinstance(err, StreamdError):
+                raise
             wanted = ", ".join((*changes.models.added, *changes.models.changed))
             raise ModelError(f"not enough GPU memory for {wanted} beside the models at work: {err}") from err
 
@@ -218,14 +246,67 @@ class Pipeline:
         for name in (*changes.streams.added, *changes.streams.changed, *changes.moved):
             for lane in lanes[config.model_of(name)]:
                 self._decoders[lane.model.device].check(config.streams[name].decoder)
-        return Prepared(config, lanes, warm_new(config, lanes, self.lanes))
+        work = warm_new(config, lanes, self.lanes)
+        swapped = [name for name in changes.models.changed if name in lanes and name in self._lanes]
+        notes = [self._judge(name, lanes[name], config) for name in swapped]
+        return Prepared(config, lanes, work, tuple(filter(None, notes)))
+
+    def _judge(self, name: str, new: list[Lane], config: Config) -> str:
+        """Have a new version pass its gate; the same one with other settings has passed."""
+        old = self._lanes[name]
+        if config.models[name].gate is None or new[0].file.is_same_as(old[0].file):
+            return ""
+        served = [stream for stream in self._streams.values() if stream.lane in old]
+        running = [stream.name for stream in served if stream.status.state == StreamState.RUNNING]
+        return judge(old, new, config.models[name], running)
 
     def apply(self, prepared: Prepared, changes: Changes) -> None:
         """Go over to what was prepared; a stream that did not change notices nothing."""
-        before = self.lanes
+        config, old = prepared.config, self._lanes
+        for name in changes.models.changed:
+            if name in old and name in prepared.lanes:
+                self._swaps.went_live(old[name], prepared.lanes[name], config.models[name].probation_s)
+        kept = {name: self._files[name] for name in old if name not in changes.models.changed}
+        self._files = {name: kept.get(name, lanes[0].file) for name, lanes in prepared.lanes.items()}
+        self._swaps.forget_all_but(prepared.lanes)
+        self._exchange(prepared, changes)
+
+    def prepare_rollback(self, name: str) -> Prepared:
+        """Make the version of a model ready that it had before. Raises ConfigError or ModelError."""
+        previous = self._swaps.previous(name)
+        if previous.lanes:
+            return Prepared(self._config, {**self._lanes, name: [*previous.lanes]}, {})
+        num_streams = sum(self._config.model_of(stream) == name for stream in self._config.streams)
+        wanted = devices(previous.config)[:num_streams]
+        lanes = [Lane(name, previous.config, device, self._in_order, previous.file) for device in wanted]
+        self._examine_devices({name: lanes})
+        everything = {**self._lanes, name: lanes}
+        return Prepared(self._config, everything, warm_new(self._config, everything, self.lanes))
+
+    def roll_back(self, name: str, prepared: Prepared, why: str) -> None:
+        """Go over to the version before; the configuration stays, and is followed again when it changes."""
+        moved = [stream for stream in self._streams.values() if self._config.model_of(stream.name) == name]
+        self._swaps.went_back(name, why)
+        self._exchange(prepared, Changes(moved=tuple(stream.name for stream in moved)))
+        self._say(name, f"the model {name} was rolled back: {why}")
+
+    def look_after(self) -> None:
+        """End the probations that are over, and ask each GPU whether it is there; every few seconds.
+
+        Raises what says that a GPU is lost.
+        """
+        before = self._swaps.standing_by
+        self._swaps.settle(self.lanes)
+        for lane in {*before} - {*self._swaps.standing_by}:
+            lane.close()
+        for device in {lane.model.device for lane in self.lanes}:
+            probe(device)
+
+    def _exchange(self, prepared: Prepared, changes: Changes) -> None:
+        before = [*self._workers]
         self._config, self._lanes = prepared.config, prepared.lanes
-        for work in prepared.work:
-            self._start_workers(work)
+        for lane, work in prepared.work.items():
+            self._start_workers(lane, work)
         stay_connected = [name for name in changes.moved if self._move(self._streams[name])]
         anew = [*changes.streams.changed, *(name for name in changes.moved if name not in stay_connected)]
         self._disconnect([self._streams[name] for name in (*changes.streams.removed, *anew)])
@@ -244,12 +325,18 @@ class Pipeline:
         """Ask the streams to end and take no more frames; what waits is still processed."""
         for stream in self._streams.values():
             stream.supervisor.stop()
-        for lane in self.lanes:
-            lane.batcher.close()
+        for lane in {*self._workers, *self.lanes} - {*self._swaps.standing_by}:
+            lane.close()
 
     def drain(self, deadline_s: float) -> list[str]:
         """Let the workers finish what waits; return those that did not end in time."""
-        return _join(self._workers, deadline_s)
+        deadline = time.monotonic() + deadline_s
+        standing_by = self._swaps.standing_by  # they may have to help until the others have ended
+        late = _join([one for lane, of in self._workers.items() if lane not in standing_by for one in of], deadline_s)
+        for lane in standing_by:
+            lane.close()
+        helpers = [worker for lane in standing_by for worker in self._workers.get(lane, ())]
+        return late + _join(helpers, deadline - time.monotonic())
 
     def join_sources(self, deadline_s: float) -> list[str]:
         """Wait for the streams' threads; return those that did not end in time (a camera that hangs in a read)."""
@@ -263,11 +350,12 @@ class Pipeline:
             if lane.model.device not in self._decoders:
                 self._decoders[lane.model.device] = Decoders(lane.model.device)
 
-    def _start_workers(self, work: Work) -> None:
+    def _start_workers(self, lane: Lane, work: Work) -> None:
+        self._workers[lane] = []
         for name, run in work.items():
             worker = threading.Thread(target=self._guarded, args=(run,), name=name, daemon=True)
             worker.start()
-            self._workers.append(worker)
+            self._workers[lane].append(worker)
 
     def _end_idle_lanes(self, before: list[Lane]) -> None:
         """Let the lanes end that no stream uses any more; their workers still finish what they have begun."""
@@ -275,9 +363,10 @@ class Pipeline:
         self._lanes = {
             name: left for name, lanes in self._lanes.items() if (left := [lane for lane in lanes if lane in used])
         }
-        for lane in {*before, *self.lanes} - {*used}:
-            lane.batcher.close()
-        self._workers = [worker for worker in self._workers if worker.is_alive()]
+        for lane in {*before, *flat(self._lanes)} - {*used, *self._swaps.standing_by}:
+            lane.close()
+        alive = {lane: [worker for worker in of if worker.is_alive()] for lane, of in self._workers.items()}
+        self._workers = {lane: of for lane, of in alive.items() if of}
 
     def _make_stream(self, name: str, others: Mapping[str, Stream]) -> Stream:
         config = self._config.streams[name]
@@ -326,6 +415,12 @@ class Pipeline:
             self._is_over |= is_over
         if is_over:
             self._on_end()
+
+    def _say(self, model: str, reason: str) -> None:
+        """Tell the subscribers of each stream of a model what became of it; the next status is as before."""
+        for name, stream in self._streams.items():
+            if self._config.model_of(name) == model:
+                self._tell(stream, replace(stream.supervisor.status, reason=reason, at=time.time()))
 
     def _tell(self, stream: Stream, status: Status) -> None:
         """Pass a status on, unless the stream was replaced by one that now speaks for the name."""

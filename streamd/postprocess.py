@@ -56,6 +56,7 @@ class Found:
     """
 
     table: Tensor  # [B, N, 8] float32: box in source pixels, score, label, candidate, and whether the row is an object
+    sane: Tensor  # [B] bool: whether the model said anything but NaN and infinity
     masks: EncodedMasks | None = None  # of B * N rows
     keypoints: Tensor | None = None  # [B, N, J, 3] float32: x, y in source pixels, score
     probabilities: Tensor | None = None  # [B, N, S, S] masks over the boxes; kept where segments are made of them
@@ -103,6 +104,7 @@ class Postprocessor:
         probabilities = self._box_masks(raw, shown, kept_labels)
         return Found(
             table,
+            _is_sane(raw, boxes, scores),
             self._encode_masks(raw, table, placements, probabilities, len(table) * _RUNS_PER_IMAGE),
             self._keypoints(raw, shown, placements),
             probabilities if self.spec.panoptic else None,
@@ -309,6 +311,16 @@ def _best_label(scores: Tensor, score_threshold: float) -> tuple[Tensor, Tensor]
     contenders = best >= score_threshold
     labels[contenders] = scores[contenders].argmax(-1)
     return best, labels
+
+
+def _is_sane(raw: RawOutput, boxes: Tensor, scores: Tensor) -> Tensor:
+    """Tell of each image whether one candidate at least, or one pixel's scores, are numbers; no candidates are."""
+    sane = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
+    if boxes.shape[1]:
+        sane = (boxes.isfinite().all(-1) & ~scores.isnan()).any(-1)  # -inf stands for a candidate that takes no part
+    if raw.semantic is not None:
+        sane = sane & raw.semantic[..., ::8, ::8].isfinite().flatten(1).any(-1)  # what is throughout is in a part too
+    return sane
 
 
 def _to_source(boxes: Tensor, placements: Tensor) -> Tensor:

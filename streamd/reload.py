@@ -6,9 +6,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from streamd.changes import Changes, difference
@@ -24,12 +24,13 @@ logger = logging.getLogger(__name__)
 _MAX_WAITING = 16
 _THREAD_NAME = "reload"
 
-Follow = Callable[[Config, Changes], None]  # raises StreamdError where the change cannot be made; then none was made
+# What else there is to say; raises StreamdError where the change cannot be made, and then none was made.
+Follow = Callable[[Config, Changes], tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Request:
-    wanted: Callable[[], Config]
+    work: Callable[[], Changes]
     done: Future[Changes] = field(default_factory=Future)
 
 
@@ -46,13 +47,18 @@ class Reloader:
         follow: Follow,
         notifier: Notifier,
         on_crash: Callable[[Exception], None],
+        replaced: Callable[[Config], Collection[str]] = lambda config: (),
     ) -> None:
-        """`path` is the file that `reload` reads; None where the configuration came from elsewhere."""
+        """`path` is the file that `reload` reads; None where the configuration came from elsewhere.
+
+        `replaced` names the models whose path means another file by now.
+        """
         self._config = config
         self._path = path
         self._follow = follow
         self._notifier = notifier
         self._on_crash = on_crash
+        self._replaced = replaced
         self._lock = threading.Lock()
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._num_waiting = 0
@@ -88,18 +94,21 @@ class Reloader:
 
     def add_stream(self, name: str, settings: Mapping[str, object]) -> Future[Changes]:
         """Add a stream until the file is read again."""
-        with self._lock:
-            return self._enqueue(_Request(lambda: with_stream(self._config, name, settings))).done
+        return self.ask(lambda: self._change_to(with_stream(self._config, name, settings)))
 
     def remove_stream(self, name: str) -> Future[Changes]:
         """Remove a stream until the file is read again."""
-        with self._lock:
-            return self._enqueue(_Request(lambda: without_stream(self._config, name))).done
+        return self.ask(lambda: self._change_to(without_stream(self._config, name)))
 
-    def _enqueue(self, request: _Request) -> _Request:
+    def ask(self, work: Callable[[], Changes], *, is_urgent: bool = False) -> Future[Changes]:
+        """Have a change made in its turn that leaves the configuration as it is; `is_urgent` is never one too many."""
+        with self._lock:
+            return self._enqueue(_Request(work), is_urgent=is_urgent).done
+
+    def _enqueue(self, request: _Request, *, is_urgent: bool = False) -> _Request:
         if self._is_stopping:
             request.done.set_exception(StreamdError("the daemon is stopping"))
-        elif self._num_waiting >= _MAX_WAITING:
+        elif self._num_waiting >= _MAX_WAITING and not is_urgent:
             request.done.set_exception(StreamdError(f"{_MAX_WAITING} changes are waiting already; try again later"))
         else:
             request.done.set_running_or_notify_cancel()  # others may share it: nobody cancels it
@@ -107,10 +116,18 @@ class Reloader:
             self._requests.put(request)
         return request
 
-    def _read_file(self) -> Config:
+    def _read_file(self) -> Changes:
         if self._path is None:
             raise ConfigError("there is nothing to reload: this daemon was not started from a file")
-        return load(self._path)
+        config = load(self._path)
+        return self._change_to(config, self._replaced(config))
+
+    def _change_to(self, config: Config, replaced: Collection[str] = ()) -> Changes:
+        changes = difference(self._config, config, replaced)
+        changes = replace(changes, notes=self._follow(config, changes))
+        self._config = config
+        logger.info("reloaded: %s", changes)
+        return changes
 
     def _run(self) -> None:
         name_thread(_THREAD_NAME)
@@ -130,11 +147,7 @@ class Reloader:
         try:
             if self._is_stopping:
                 raise StreamdError("the daemon is stopping")
-            config = request.wanted()
-            changes = difference(self._config, config)
-            self._follow(config, changes)
-            self._config = config
-            logger.info("reloaded: %s", changes)
+            changes = request.work()
         except StreamdError as err:
             logger.error("the change is refused and everything goes on as it was: %s", err)
             request.done.set_exception(type(err)(redact(str(err))))

@@ -157,6 +157,10 @@ class Runner:
         if running.slot.copied is not None:
             running.slot.copied.synchronize()
 
+    def num_senseless(self, running: Running) -> int:
+        """Count the frames of which the model said nothing but NaN or infinity; after `wait`, before `finish`."""
+        return len(running.batch.frames) - int(running.found.sane[: len(running.batch.frames)].sum())
+
     def finish(self, running: Running) -> list[Detections]:
         """Say what is in each frame of a batch, and free its slot."""
         self.wait(running)

@@ -13,6 +13,7 @@ from streamd.pipeline import Pipeline
 from streamd.publish import Carrier
 from streamd.publish.stored import StoredPublisher
 from streamd.publishers import Publishers
+from streamd.redact import redact
 
 
 def describe(
@@ -57,7 +58,15 @@ def _spool(publisher: StoredPublisher) -> SpoolEntry:
 
 def _models(pipeline: Pipeline) -> Iterable[ModelEntry]:
     lanes = pipeline.lanes
-    for name in dict.fromkeys(lane.name for lane in lanes):
-        spec = next(lane.spec for lane in lanes if lane.name == name)
-        devices = tuple(str(lane.model.device) for lane in lanes if lane.name == name)
-        yield ModelEntry(name=name, network=spec.name, sha256=spec.weights_sha256, devices=devices)
+    for model in pipeline.models():
+        of_model = [lane for lane in lanes if lane.name == model.model]
+        if of_model:  # a change may be under way
+            yield ModelEntry(
+                name=model.model,
+                network=of_model[0].spec.name,
+                sha256=model.sha256,
+                devices=tuple(str(lane.model.device) for lane in of_model),
+                previous=model.previous,
+                on_probation=model.on_probation,
+                last_event=redact(model.last_event),
+            )

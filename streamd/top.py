@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from streamd.control_messages import DaemonState, PublisherEntry, StreamEntry
+from streamd.control_messages import DaemonState, ModelEntry, PublisherEntry, StreamEntry
 from streamd.messages import StreamState
 from streamd.watch import COLOURS, WINDOW_S
 
@@ -55,10 +55,15 @@ def render(state: DaemonState, rates: Mapping[str, float]) -> RenderableType:
     head = Text(f"streamd {state.version}, process {state.pid}, up {_duration(state.uptime_s)}", style="bold")
     reasons = [Text(f"{one.status.stream}: {one.status.reason}") for one in state.streams if one.status.reason]
     models = [
-        Text(f"model {one.name}: {one.network} {one.sha256[:12]} on {', '.join(one.devices)}", style="dim")
+        Text(f"model {one.name}: {one.network} {one.sha256[:12]} on {', '.join(one.devices)}{_event(one)}", style="dim")
         for one in state.models
     ]
     return Group(head, table, *reasons, *models, *map(_publisher, state.publishers))
+
+
+def _event(entry: ModelEntry) -> str:
+    probation = "; on probation" if entry.on_probation else ""
+    return probation + (f"; {entry.last_event}" if entry.last_event else "")
 
 
 def _state(entry: StreamEntry) -> Text:

@@ -155,7 +155,7 @@ def test_names_that_look_like_numbers_types_or_words_of_yaml_are_names() -> None
         """
     assert problems_of(text) == [
         "line 1: models.int: unknown key 'fsp' (known are path, device, precision, labels, score_threshold, "
-        "iou_threshold, max_detections, max_batch, max_wait_ms, workers, threads)",
+        "iou_threshold, max_detections, max_batch, max_wait_ms, workers, threads, sha256, gate, probation_s)",
         "line 2: streams.float.fps: should be greater than 0, got 0",
     ]
     config = config_of(text.replace(", fsp: 1", "").replace("fps: 0", "fps: 1"))

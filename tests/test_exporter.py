@@ -23,7 +23,7 @@ from streamd.metrics.endpoint import Endpoint
 from streamd.metrics.exporter import Exporter
 from streamd.metrics.gpu import GpuCollector
 from streamd.metrics.health import STUCK_AFTER_S
-from streamd.metrics.readings import LaneMeter, StreamReading
+from streamd.metrics.readings import LaneMeter, ModelReading, StreamReading
 from streamd.models.spec import ModelSpec
 from tests.daemon_process import DaemonProcess
 from tests.fakes import NO_TIMES, FakeClock, make_frame, make_result
@@ -47,12 +47,16 @@ class FakePublisher:
 class FakePipeline:
     streams: list[StreamReading] = field(default_factory=list)
     lanes: list[LaneMeter] = field(default_factory=list)
+    versions: list[ModelReading] = field(default_factory=list)
 
     def readings(self) -> list[StreamReading]:
         return self.streams
 
     def meters(self) -> list[LaneMeter]:
         return self.lanes
+
+    def models(self) -> list[ModelReading]:
+        return self.versions
 
 
 def make_reading(stream: str, state: StreamState = StreamState.RUNNING, **counts: int) -> StreamReading:

@@ -49,12 +49,13 @@ class Followed:
         self.crashes: list[Exception] = []
         self.reloader = Reloader(load(path), path, self.follow, self.told, self.crashes.append)
 
-    def follow(self, config: Config, changes: Changes) -> None:
+    def follow(self, config: Config, changes: Changes) -> tuple[str, ...]:
         self.has_begun.set()
         assert self.may_go_on.wait(WITHIN_S)
         if self.failure:
             raise self.failure
         self.changes.append(changes)
+        return ()
 
     def add_to_file(self, stream: str) -> None:
         self.path.write_text(FILE.replace("streams: {", f"streams: {{{stream}: {{url: /b.mp4}}, "))

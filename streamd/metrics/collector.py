@@ -15,7 +15,7 @@ from streamd import __version__
 from streamd.messages import Clock, StreamState
 from streamd.metrics.health import stuck_loops
 from streamd.metrics.histogram import Histogram
-from streamd.metrics.readings import LaneMeter, StreamReading
+from streamd.metrics.readings import LaneMeter, ModelReading, StreamReading
 from streamd.publish import Counted
 
 # There from the first scrape with 0, or `increase` would not see the first one happen.
@@ -58,6 +58,7 @@ class Pipeline(Protocol):
 
     def readings(self) -> list[StreamReading]: ...
     def meters(self) -> list[LaneMeter]: ...
+    def models(self) -> list[ModelReading]: ...
 
 
 @dataclass(slots=True)
@@ -87,6 +88,7 @@ class DaemonCollector(Collector):
         if observed.pipeline:
             yield from _streams(observed.pipeline.readings(), observed.results)
             yield from _models(observed.pipeline.meters())
+            yield from _versions(observed.pipeline.models())
         yield from _publishers(observed.publishers())
         yield from _spools(observed.stored())
 
@@ -191,6 +193,39 @@ def _models(meters: list[LaneMeter]) -> Iterator[Metric]:
         "Letterbox, model and suppression, of each batch",
         labels,
         ((name, meter.inferences) for name, meter in named),
+    )
+    yield _gauge(
+        "model_batch_limit",
+        "Most frames of a batch now; less than planned after memory ran out",
+        labels,
+        ((name, of.batch_limit) for name, of in named),
+    )
+    yield _counter(
+        "model_out_of_memory",
+        "Batches for which memory ran out; their frames were tried again",
+        labels,
+        ((name, of.num_out_of_memory) for name, of in named),
+    )
+    yield _counter(
+        "model_senseless_results",
+        "Frames of which the model said nothing but NaN or infinity",
+        labels,
+        ((name, of.num_senseless) for name, of in named),
+    )
+
+
+def _versions(models: list[ModelReading]) -> Iterator[Metric]:
+    yield _gauge(
+        "model_on_probation",
+        "1 while the version before stands by in memory",
+        ["model"],
+        (([of.model], of.on_probation) for of in models),
+    )
+    yield _counter(
+        "model_swaps",
+        "What became of new versions: live, refused, rolled_back",
+        ["model", "outcome"],
+        (([of.model, outcome], count) for of in models for outcome, count in of.num_outcomes.items()),
     )
 
 

@@ -21,6 +21,18 @@ class StreamReading:
     newest_age_s: float | None  # since the newest frame was decoded; None before the first
 
 
+@dataclass(frozen=True, slots=True)
+class ModelReading:
+    """Which version of a model is at work, and what became of new ones since the daemon started."""
+
+    model: str  # its name in the configuration
+    sha256: str  # of the weights at work
+    previous: str | None  # of the version that a roll-back goes to; None where there is none
+    on_probation: bool  # the version before stands by in memory
+    num_outcomes: Mapping[str, int]  # of new versions: live, refused, rolled_back
+    last_event: str  # what last became of one, in a sentence; empty before the first
+
+
 class LaneMeter:
     """Measure one model on one device. Its threads write; any thread may read."""
 
@@ -35,6 +47,10 @@ class LaneMeter:
         self.batch_sizes = Histogram(BATCH_SIZES)
         self.queue_waits = Histogram(SECONDS)  # of each frame, from decoded to taken by a batch
         self.inferences = Histogram(SECONDS)  # of each batch: letterbox, model and suppression
+        self.num_out_of_memory = 0  # batches that were tried again in parts
+        self.num_senseless = 0  # frames of which the model said nothing but NaN or infinity
+        self.batch_limit = 0  # frames: what a batch may have now; less than planned where memory is short
+        self.has_done_any = False
         self._clock = clock
         self._begun_s: dict[Hashable, float] = {}  # the batches on their way
 
@@ -50,7 +66,12 @@ class LaneMeter:
     def end(self, batch: Hashable, times: StageTimes) -> None:
         """Note that a batch is done, with the times of one of its frames."""
         self.inferences.observe(times.infer / 1e3)
+        self.has_done_any = True
         del self._begun_s[batch]
+
+    def abandon(self, batch: Hashable) -> None:
+        """Note that a batch ends without results; its frames are taken again."""
+        self._begun_s.pop(batch, None)
 
     @property
     def busy_for_s(self) -> float:

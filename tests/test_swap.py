@@ -1,0 +1,298 @@
+"""From one version of a model to the next and back: every frame is seen, once and in order, by a version that works."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from streamd.changes import difference
+from streamd.config import Config
+from streamd.errors import ConfigError, ModelError
+from streamd.lane import Lane
+from streamd.messages import RawOutput, Result
+from streamd.metrics.readings import ModelReading
+from streamd.pipeline import Pipeline
+from tests.clips import write_clip
+from tests.versions import Squares, write_version
+
+WITHIN_S = 60.0
+NUM_FRAMES = 240
+STREAMS = ("one", "two")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clip(tmp_path_factory.mktemp("clips") / "clip.mp4", NUM_FRAMES)
+
+
+@pytest.fixture(scope="module")
+def old_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_version(tmp_path_factory.mktemp("models") / "old.pt", "a" * 64)
+
+
+@pytest.fixture(scope="module")
+def new_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_version(tmp_path_factory.mktemp("models") / "new.pt", "b" * 64, Squares(shift=1))
+
+
+class Site:
+    """Two films through one pipeline, at the model's pace; results are noted, and some frames wait to be let on.
+
+    They wait in the worker, where no lock is held.
+    """
+
+    def __init__(self, model: Path, clip: Path, **settings: Any) -> None:
+        self.clip = clip
+        self.settings = {"workers": 1, "threads": 1, "max_batch": 2, **settings}
+        self.config = self.configured(model)
+        self.results: dict[str, list[Result]] = defaultdict(list)
+        self.crashes: list[Exception] = []
+        self.failures: list[tuple[Lane, Exception]] = []
+        self.has_failed = threading.Event()
+        self.is_over = threading.Event()
+        self._reached: dict[int, threading.Event] = defaultdict(threading.Event)
+        self._may_pass: dict[int, threading.Event] = {}
+        self.pipeline = Pipeline(
+            self.config,
+            self._deliver,
+            on_crash=self._on_crash,
+            on_end=self.is_over.set,
+            on_failure=self._on_failure,
+        )
+        self.pipeline.warm_up()
+        self._watch(self.pipeline.lanes)
+
+    def configured(self, model: Path, **settings: Any) -> Config:
+        model_tree = {"path": str(model), "gate": None, **self.settings, **settings}
+        streams = {name: {"url": str(self.clip), "pace": "fast"} for name in STREAMS}
+        return Config.model_validate({"models": {"m": model_tree}, "streams": streams})
+
+    def hold_at(self, *seqs: int) -> None:
+        """Let the worker that comes to these frames of the first stream wait for `let_on`."""
+        self._may_pass = {seq: threading.Event() for seq in seqs}
+
+    def wait_for(self, seq: int) -> None:
+        assert self._reached[seq].wait(WITHIN_S)
+
+    def let_on(self, seq: int) -> None:
+        self._may_pass[seq].set()
+
+    def swap(self, model: Path, spoil: Callable[[Lane], None] = lambda lane: None, **settings: Any) -> None:
+        config = self.configured(model, **settings)
+        changes = difference(self.config, config, self.pipeline.replaced(config))
+        prepared = self.pipeline.prepare(config, changes)
+        for lane in prepared.lanes["m"]:
+            spoil(lane)
+        self._watch(prepared.lanes["m"])
+        self.pipeline.apply(prepared, changes)
+        self.config = config
+
+    def roll_back(self, why: str = "asked for") -> None:
+        prepared = self.pipeline.prepare_rollback("m")
+        self._watch(prepared.lanes["m"])
+        self.pipeline.roll_back("m", prepared, why)
+
+    def finish(self) -> None:
+        assert self.is_over.wait(WITHIN_S)
+        self.pipeline.close_intake()
+        assert self.pipeline.drain(WITHIN_S) == []
+        assert self.pipeline.join_sources(WITHIN_S) == []
+
+    def assert_nothing_lost(self) -> None:
+        assert self.crashes == []
+        for name in STREAMS:
+            assert [result.frame.seq for result in self.results[name]] == list(range(NUM_FRAMES))
+            assert {result.dropped for result in self.results[name]} == {0}
+            assert all(len(result.detections) == 2 for result in self.results[name])
+
+    def versions(self, stream: str) -> list[str]:
+        """Name the versions that saw the stream, one after the other."""
+        specs = [result.spec for result in self.results[stream]]
+        return [name for name, _ in groupby(spec.name for spec in specs if spec is not None)]
+
+    def reading(self) -> ModelReading:
+        return self.pipeline.model("m")
+
+    def _watch(self, lanes: Sequence[Lane]) -> None:
+        for lane in lanes:
+            lane.tap = self._see
+
+    def _see(self, result: Result) -> None:
+        if result.frame.stream == STREAMS[0]:
+            self._reached[result.frame.seq].set()
+            if gate := self._may_pass.get(result.frame.seq):
+                assert gate.wait(WITHIN_S)
+
+    def _deliver(self, result: Result) -> None:
+        self.results[result.frame.stream].append(result)
+
+    def _on_crash(self, err: Exception) -> None:
+        self.crashes.append(err)
+        self.is_over.set()
+
+    def _on_failure(self, lane: Lane, err: Exception) -> None:
+        self.failures.append((lane, err))
+        self.has_failed.set()
+
+
+@pytest.fixture
+def make_site(old_file: Path, clip: Path) -> Iterator[Callable[..., Site]]:
+    made: list[Site] = []
+
+    def make(**settings: Any) -> Site:
+        made.append(Site(old_file, clip, **settings))
+        return made[-1]
+
+    yield make
+    for site in made:
+        site.pipeline.close_intake()
+        site.pipeline.drain(WITHIN_S)
+        site.pipeline.join_sources(WITHIN_S)
+
+
+def fails(lane: Lane, after: int, kind: str) -> None:
+    """Let a lane's model do so many batches and then, for ever, what `kind` says."""
+    run, count = lane.model.run, iter(range(10_000))
+
+    def failing(images: torch.Tensor, sizes: torch.Tensor) -> RawOutput:
+        if next(count) < after:
+            return run(images, sizes)
+        if kind == "out of memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if kind == "raises":
+            raise ModelError("forward failed")
+        raw = run(images, sizes)
+        return replace(raw, boxes=raw.boxes * torch.nan, scores=raw.scores * torch.nan)
+
+    lane.model.run = failing  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("kind", ["raises", "nan", "out of memory"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_version_that_fails_on_probation_loses_no_frame_and_is_rolled_back(
+    make_site: Callable[..., Site], new_file: Path, kind: str, workers: int
+) -> None:
+    site = make_site(workers=workers)
+    site.hold_at(20)
+    site.pipeline.start()
+    site.wait_for(20)
+    site.swap(new_file, lambda lane: fails(lane, after=10, kind=kind))
+    assert site.reading().on_probation and site.reading().previous == "a" * 64
+    site.let_on(20)
+    assert site.has_failed.wait(WITHIN_S)
+    [lane] = site.pipeline.lanes
+    assert [failing for failing, _ in site.failures] == [lane], "it is told once, by the lane at work"
+    site.roll_back("it failed")
+    site.finish()
+
+    site.assert_nothing_lost()
+    for stream in STREAMS:
+        if workers == 1:  # of two, one may have been done with a later frame when the other failed
+            assert site.versions(stream) == ["old", "new", "old"]
+        assert site.versions(stream)[-1] == "old"
+    reading = site.reading()
+    assert reading.sha256 == "a" * 64 and reading.previous is None and not reading.on_probation
+    assert reading.num_outcomes == {"live": 1, "refused": 0, "rolled_back": 1}
+    assert reading.last_event == f"rolled back to {'a' * 12}: it failed"
+
+
+def test_a_version_that_fails_while_nobody_can_roll_it_back_loses_no_frame(
+    make_site: Callable[..., Site], new_file: Path
+) -> None:
+    site = make_site()
+    site.hold_at(20)
+    site.pipeline.start()
+    site.wait_for(20)
+    site.swap(new_file, lambda lane: fails(lane, after=3, kind="raises"))
+    site.let_on(20)
+    site.finish()
+    site.assert_nothing_lost()
+    assert site.versions("one") == ["old", "new", "old"]
+
+
+def test_a_version_is_rolled_back_on_demand_at_once_or_from_its_file_after_the_probation(
+    make_site: Callable[..., Site], new_file: Path
+) -> None:
+    site = make_site()
+    site.hold_at(20, 60, 100, 140)
+    site.pipeline.start()
+    site.wait_for(20)
+    with pytest.raises(ConfigError, match="no version to go back to"):
+        site.roll_back()
+    site.swap(new_file)
+    site.let_on(20)
+    site.wait_for(60)
+    [standing_by] = site.pipeline.prepare_rollback("m").lanes["m"]
+    assert standing_by.name == "m" and standing_by.spec.name == "old", "the one in memory"
+    site.roll_back()
+    assert site.pipeline.lanes == [standing_by]
+    with pytest.raises(ConfigError, match="no version to go back to"):
+        site.roll_back()
+    site.let_on(60)
+    site.wait_for(100)
+    # What was rolled back is not tried again until the file or a key changes.
+    assert site.pipeline.replaced(site.config) == []
+    site.swap(new_file, probation_s=0, score_threshold=0.3)
+    assert not site.reading().on_probation
+    site.let_on(100)
+    site.wait_for(140)
+    site.roll_back()
+    [loaded] = site.pipeline.lanes
+    assert loaded is not standing_by and loaded.spec.name == "old"
+    site.let_on(140)
+    site.finish()
+    site.assert_nothing_lost()
+    for stream in STREAMS:
+        assert site.versions(stream) == ["old", "new", "old", "new", "old"]
+
+
+def test_the_probation_ends_with_its_time_and_after_a_batch_that_went_well(
+    make_site: Callable[..., Site], new_file: Path
+) -> None:
+    site = make_site(probation_s=0.001)
+    site.hold_at(20, 60)
+    site.pipeline.start()
+    site.wait_for(20)
+    [old] = site.pipeline.lanes
+    site.swap(new_file)
+    site.pipeline.look_after()
+    assert site.reading().on_probation, "it has not seen a frame yet"
+    site.let_on(20)
+    site.wait_for(60)
+    site.pipeline.look_after()
+    assert not site.reading().on_probation and site.reading().previous == "a" * 64
+    assert old.batcher.take(1) == [], "it is closed"
+    site.let_on(60)
+    site.finish()
+    site.assert_nothing_lost()
+
+
+def test_a_file_that_is_replaced_under_its_name_is_a_new_version_and_the_one_before_can_still_be_loaded(
+    clip: Path, tmp_path: Path
+) -> None:
+    path = write_version(tmp_path / "m.pt", "a" * 64, name="first")
+    site = Site(path, clip, probation_s=0)
+    site.hold_at(20, 60)
+    site.pipeline.start()
+    site.wait_for(20)
+    assert site.pipeline.replaced(site.config) == []
+    write_version(path, "b" * 64, name="second")
+    assert site.pipeline.replaced(site.config) == ["m"]
+    site.swap(path)
+    assert site.pipeline.replaced(site.config) == []
+    site.let_on(20)
+    site.wait_for(60)
+    site.roll_back()
+    assert site.pipeline.replaced(site.config) == [], "what was rolled back is not tried again"
+    site.let_on(60)
+    site.finish()
+    site.assert_nothing_lost()
+    assert site.versions("one") == ["first", "second", "first"]
