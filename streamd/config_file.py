@@ -69,6 +69,7 @@ def with_stream(config: Config, name: str, settings: Mapping[str, object]) -> Co
         "defaults": config.defaults.model_dump(exclude_unset=True),
         "models": {model: {"path": ""} for model in config.models},
         "streams": {name: dict(settings)},
+        "publish": config.publish.model_dump(exclude_unset=True),
     }
     merged = with_defaults(written)
     problems = list(_cross_checks(written, merged))

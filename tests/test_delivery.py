@@ -17,7 +17,7 @@ import redis
 
 from streamd.client import subscribe
 from streamd.config import Config, SpoolConfig
-from streamd.config_file import parse
+from streamd.config_file import parse, with_stream
 from streamd.control_client import ask
 from streamd.control_messages import StatusRequest
 from streamd.errors import ConfigError
@@ -278,6 +278,15 @@ def test_a_stored_stream_needs_redis_streams(tmp_path: Path) -> None:
     assert load_text(tmp_path, "", delivery="live").stored_streams == frozenset()
     config = load_text(tmp_path, "publish: {redis: {url: 'redis://h'}}\n")
     assert config.stored_streams == frozenset({"gate"})
+
+
+def test_a_stored_stream_may_be_added_while_the_daemon_runs_where_there_is_redis(tmp_path: Path) -> None:
+    door = {"url": "rtsp://h/door", "delivery": "stored"}
+    config = load_text(tmp_path, "publish: {redis: {url: 'redis://:hidden@h'}, format: msgpack}\n")
+    added = with_stream(config, "door", door)
+    assert added.stored_streams == frozenset({"gate", "door"}) and added.publish == config.publish
+    with pytest.raises(ConfigError, match=r"streams.door.delivery: stored needs publish.redis"):
+        with_stream(load_text(tmp_path, "", delivery="live"), "door", door)
 
 
 def test_paths_of_the_spool_and_of_certificates_begin_at_the_file(tmp_path: Path) -> None:

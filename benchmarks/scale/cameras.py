@@ -1,0 +1,93 @@
+"""Many cameras from one process, which can be switched off and on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+
+from benchmarks.measure import ROOT
+from benchmarks.readers import BenchmarkError
+from tests.rtsp import encode_clip
+
+SIZE, GOP_S, CLIP_S = (640, 360), 10, 30
+BIT_RATE = "500k"
+STOP_DEADLINE_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """What every camera sends, over and over."""
+
+    path: Path
+    fps: int
+    kbit_s: float  # as encoded
+
+    def __str__(self) -> str:
+        return (
+            f"{SIZE[0]}x{SIZE[1]} at {self.fps} frames/s, H.264, {self.kbit_s:.0f} kbit/s, "
+            f"a key frame every {GOP_S} s, no B-frames"
+        )
+
+
+def make_clip(source: Path, folder: Path, fps: int) -> Clip:
+    """Encode a video to what the cameras send."""
+    path = folder / f"camera-{fps}.mp4"
+    encode_clip(source, path, fps=fps, size=SIZE, gop=GOP_S * fps, seconds=CLIP_S, options={"b:v": BIT_RATE})
+    with av.open(str(path)) as container:
+        sizes = [packet.size for packet in container.demux(video=0) if packet.size]
+    return Clip(path, fps, sum(sizes) * 8e-3 * fps / len(sizes))
+
+
+class CameraProcess:
+    """The test server in a process of its own, so that its CPU can be told apart."""
+
+    def __init__(self, clip: Clip, num_streams: int) -> None:
+        self.clip = clip
+        self.names = [f"cam{index}" for index in range(num_streams)]
+        self._port = 0  # taken at the first start, and kept at the later ones
+        self._process: subprocess.Popen[str] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "the cameras are off"
+        return self._process.pid
+
+    @property
+    def urls(self) -> Mapping[str, str]:
+        return {name: f"rtsp://127.0.0.1:{self._port}/{name}" for name in self.names}
+
+    def start(self) -> None:
+        """Return when clients can connect. Raises BenchmarkError."""
+        mounts = [f"{name}={self.clip.path}" for name in self.names]
+        command = [sys.executable, "-m", "tests.rtsp_server", *mounts, "--port", str(self._port)]
+        self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise BenchmarkError("the camera server did not start; its words are on stderr")
+        self._port = json.loads(line)["port"]
+
+    def kill(self) -> None:
+        """End at once, as cameras that lose power."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.communicate(timeout=STOP_DEADLINE_S)
+
+
+@contextmanager
+def cameras(clip: Clip, num_streams: int) -> Iterator[CameraProcess]:
+    """Serve a clip as so many cameras."""
+    process = CameraProcess(clip, num_streams)
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
