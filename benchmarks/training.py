@@ -4,7 +4,8 @@
 
 Both read the same PNG files in the training process, resize by the network's own rule, and do one step of SGD: streamd
 by `streamd train`'s own loader and step (with its averaged weights), torchvision's as its reference scripts do, without
-augmentation on either side. On a GPU both run under AMP. Steps alternate, medians are told. The weights are random.
+augmentation on either side. On a GPU both run under AMP. Each has a process of its own. Steps alternate, medians are
+told. The weights are random.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
@@ -29,6 +30,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from benchmarks.gpu_rows import Row, say
 from benchmarks.measure import describe_machine
+from benchmarks.sides import OURS, THEIRS, Side, serve
 from benchmarks.zoo import full_maskrcnn, small_maskrcnn, write
 from streamd.datasets import data
 from streamd.datasets.masks import decode
@@ -41,6 +43,7 @@ from streamd.train.recipe import Recipe
 from tests.coco_folder import write_coco
 
 NUM_WARM_UPS = 2
+DATA, WEIGHTS = "shapes", "theirs.pth"  # in the folder that both sides read
 PACKAGES = ("torch", "torchvision", "numpy", "pycocotools", "pillow")
 
 
@@ -139,36 +142,58 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def compare(case: Case, device: torch.device, folder: Path, repeats: int) -> Iterator[Row]:
-    """Give everything that is measured."""
-    path = write_coco(folder / "shapes", 4 * case.batch, size=case.size)
-    dataset = data.read(path)
-    recipe = make_recipe(case, path, device)
+def compare(case: Case, device: torch.device, folder: Path, repeats: int, options: Sequence[str]) -> Iterator[Row]:
+    """Give everything that is measured; `options` are those of this command that choose the case and the device."""
+    write_coco(folder / DATA, 4 * case.batch, size=case.size)
     torch.manual_seed(0)
+    torch.save(build(case).state_dict(), folder / WEIGHTS)
+    arguments = [*options, "--folder", str(folder)]
+    seconds: dict[str, list[float]] = {OURS: [], THEIRS: []}
+    with (
+        Side(OURS, "benchmarks.training", arguments) as ours,
+        Side(THEIRS, "benchmarks.training", arguments) as theirs,
+    ):
+        for number in range(NUM_WARM_UPS + repeats):
+            for side in (ours, theirs):
+                began = time.perf_counter()
+                side.run(case.batch)
+                if number >= NUM_WARM_UPS:
+                    seconds[side.name].append(time.perf_counter() - began)
+        peaks = {side.name: side.peak_mib for side in (ours, theirs)}
     height, width = case.size
-    theirs = case.build(min_size=height, max_size=width)
-    sides = {
-        "ours": prepare_ours(case, theirs, dataset, recipe, device),
-        "torchvision's": prepare_theirs(case, theirs, dataset, recipe, device),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(NUM_WARM_UPS + repeats):
-        for name, do in sides.items():
-            began = time.perf_counter()
-            do()
-            if number >= NUM_WARM_UPS:
-                seconds[name].append(time.perf_counter() - began)
     kind = "AMP fp16" if device.type == "cuda" else "fp32"
     what = f"training Mask R-CNN, {height}x{width}, batch {case.batch}, {kind}"
     medians = {name: statistics.median(each) for name, each in seconds.items()}
     for name, median in medians.items():
         least, most = (case.batch / one for one in (max(seconds[name]), min(seconds[name])))
-        note = f"{least:.3g} to {most:.3g} in {repeats} steps"
+        note = f"{least:.3g} to {most:.3g} in {repeats} steps; peak memory {peaks[name]:.0f} MiB"
         yield Row(f"{what}: {name}", case.batch / median, "images/s", note=note)
-    ratio = medians["torchvision's"] / medians["ours"]
+    ratio = medians[THEIRS] / medians[OURS]
     yield Row(
         f"{what}: against torchvision's loop", ratio, "x", case.to_reach, note=f"{torch.get_num_threads()} threads"
     )
+
+
+def build(case: Case) -> MaskRCNN:
+    """Build torchvision's network, with random weights, for pictures that are not scaled."""
+    height, width = case.size
+    return case.build(min_size=height, max_size=width)
+
+
+def serve_side(name: str, case: Case, device: torch.device, folder: Path) -> None:
+    """Be the process of a side: one step for each number that is read."""
+    theirs = build(case)
+    theirs.load_state_dict(torch.load(folder / WEIGHTS, weights_only=True))
+    path = folder / DATA
+    dataset, recipe = data.read(path), make_recipe(case, path, device)
+    prepare = prepare_ours if name == OURS else prepare_theirs
+    do = prepare(case, theirs, dataset, recipe, device)
+
+    def run(number: int) -> list[int]:
+        do()
+        return []
+
+    serve(run, device)
 
 
 def make_recipe(case: Case, path: Path, device: torch.device) -> Recipe:
@@ -194,12 +219,18 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small network, to see that all of it runs")
     parser.add_argument("--repeat", type=int, default=5, help="steps that are timed")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    parser.add_argument("--side", choices=(OURS, THEIRS), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device(options.device)
     case = QUICK if options.quick else FULL if device.type == "cuda" else SMALL_IMAGES
+    if options.side:
+        serve_side(options.side, case, device, options.folder)
+        return
+    chosen = ["--device", options.device, *(["--quick"] if options.quick else [])]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for row in compare(case, device, Path(folder), options.repeat):
+        for row in compare(case, device, Path(folder), options.repeat, chosen):
             rows.append(row)
             say(row)
     if options.out:

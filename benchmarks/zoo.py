@@ -4,8 +4,9 @@
 
 Both take pictures whose shorter side has 800 pixels already, and give boxes and masks on the host's side of the API:
 streamd run lengths, by the daemon's own runner; torchvision what its module returns, under inference_mode, and under
-autocast to float16 on a GPU, where streamd's artifact is float16, too. Repetitions alternate, medians are told. The
-weights are random, but give activations and numbers of objects as a trained network has them: see `make_theirs`.
+autocast to float16 on a GPU, where streamd's artifact is float16, too. Each has a process of its own. Repetitions
+alternate, medians are told. The weights are random, but give activations and numbers of objects as a trained network
+has them: see `make_theirs`.
 Prints a JSON line for each row; `--out` writes NAME.json and NAME.md as well.
 """
 
@@ -13,15 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,9 @@ from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from benchmarks.gpu_rows import Row, say
-from benchmarks.measure import ROOT, Machine, describe_machine, peak_memory_mib
+from benchmarks.measure import Machine, describe_machine
+from benchmarks.sides import OURS, THEIRS, Side, serve
+from streamd.allocator import keep_freed_memory
 from streamd.infer import Model
 from streamd.messages import Detections, Frame, Picture
 from streamd.models import artifact
@@ -124,6 +126,14 @@ def as_theirs(picture: Tensor) -> Tensor:
     return picture.float() / 255
 
 
+class Runs(Protocol):
+    """A side, in this process or another."""
+
+    def run(self, number: int) -> list[int]:
+        """Take the first pictures through, and return how many objects were found in each."""
+        ...
+
+
 class Theirs:
     """torchvision's module, called as its users do."""
 
@@ -132,13 +142,11 @@ class Theirs:
         self.images = [as_theirs(picture).to(device) for picture in pictures]
         self.device = device
 
-    def run(self, num_images: int) -> list[int]:
-        """Call once for each picture, and return how many objects were found."""
-        return [number for image in self.images[:num_images] for number in self._call([image])]
-
-    def run_together(self) -> list[int]:
-        """Call once for all pictures."""
-        return self._call(self.images)
+    def run(self, number: int) -> list[int]:
+        """Call once for each picture; 0 is one call for all of them."""
+        if number == 0:
+            return self._call(self.images)
+        return [count for image in self.images[:number] for count in self._call([image])]
 
     def _call(self, images: list[Tensor]) -> list[int]:
         is_gpu = self.device.type == "cuda"
@@ -158,9 +166,9 @@ class Ours:
         self.runner = Runner(model, model.spec.nms, len(pictures), num_slots=1)
         self.runner.capture()
 
-    def run(self, num_images: int) -> list[int]:
-        """Take the first pictures through as one batch, and return how many objects were found."""
-        return [len(found) for found in self._detect(num_images)]
+    def run(self, number: int) -> list[int]:
+        """Take the first pictures through as one batch; 0 is all of them."""
+        return [len(found) for found in self._detect(number or len(self.frames))]
 
     def _detect(self, num_images: int) -> list[Detections]:
         return self.runner.finish(self.runner.begin(self.frames[:num_images]))
@@ -188,7 +196,7 @@ def read_theirs(case: Case, folder: Path, score_threshold: float) -> MaskRCNN:
     return theirs
 
 
-def measure(case: Case, ours: Ours, theirs: Theirs) -> Times:
+def measure(case: Case, ours: Runs, theirs: Runs) -> Times:
     """Alternate between both, after one call of each that counts for nothing."""
     times = Times()
     steps: list[tuple[list[float], Callable[[], object]]] = [
@@ -207,29 +215,30 @@ def measure(case: Case, ours: Ours, theirs: Theirs) -> Times:
     return times
 
 
-def compare(case: Case, device: torch.device, folder: Path, is_quick: bool) -> Iterator[Row]:
-    """Give everything that is measured."""
+def compare(case: Case, device: torch.device, folder: Path, options: Sequence[str]) -> Iterator[Row]:
+    """Give everything that is measured; `options` are those of this command that choose the case and the device."""
     threshold = write_models(case, folder)
+    arguments = [*options, "--folder", str(folder), "--threshold", repr(threshold)]
     began = time.perf_counter()
     artifact.read_state(folder / "ours.pt")
     load_s = time.perf_counter() - began
-    pictures = make_pictures(case)
-    ours = Ours(folder / "ours.pt", pictures, device)
-    theirs = Theirs(read_theirs(case, folder, threshold), pictures, device)
-    counts = f"objects kept: ours {ours.run(case.batch)}, torchvision's {theirs.run(case.batch)}"
-    times = measure(case, ours, theirs)
-    del ours, theirs
+    with (
+        Side(OURS, "benchmarks.zoo", arguments) as ours,
+        Side(THEIRS, "benchmarks.zoo", arguments) as theirs,
+    ):
+        counts = f"objects kept: ours {ours.run(0)}, torchvision's {theirs.run(0)}"
+        peaks = {side.name: side.peak_mib for side in (ours, theirs)}
+        times = measure(case, ours, theirs)
     kind = "fp16" if device.type == "cuda" else "fp32"
     what = f"Mask R-CNN, {case.size[0]}x{case.size[1]}, {kind}"
     yield from time_rows(what, case, times, device, counts)
     yield Row(f"{what}: load of the artifact", load_s, "s", LOAD_S, at_least=False)
-    for side in ("ours", "torchvision's"):
-        peak = _peak_mib(side, device, folder, threshold, is_quick)
+    for side, peak in peaks.items():
         yield Row(f"{what}: peak memory at batch {case.batch}, {side}", peak, "MiB", note=_MEMORY[device.type])
 
 
 _MEMORY = {
-    "cpu": "of a process that does nothing else, with its libraries",
+    "cpu": "of a process that has called it once, with its libraries",
     "cuda": "torch.cuda.max_memory_allocated",
 }
 
@@ -254,28 +263,16 @@ def _spread(seconds: Sequence[float], number: int) -> str:
     return f"{least:.4g} to {most:.4g} ms in {len(seconds)} repetitions"
 
 
-def _peak_mib(side: str, device: torch.device, folder: Path, threshold: float, is_quick: bool) -> float:
-    """Run one side's batch in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.zoo", "--device", str(device), "--peak-of", side]
-    command += ["--folder", str(folder), "--threshold", repr(threshold), *(["--quick"] if is_quick else [])]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        raise RuntimeError(f"peak memory, {side}: {done.stderr.strip()[-300:]}")
-    return float(json.loads(done.stdout.splitlines()[-1]))
-
-
-def print_peak(side: str, case: Case, device: torch.device, folder: Path, threshold: float) -> None:
-    """Run one side's batch twice, and print the most memory that was held, in MiB."""
+def serve_side(name: str, case: Case, device: torch.device, folder: Path, threshold: float) -> None:
+    """Be the process of a side."""
     pictures = make_pictures(case)
-    if side == "ours":
-        ours = Ours(folder / "ours.pt", pictures, device)
-        run: Callable[[], object] = lambda: ours.run(case.batch)  # noqa: E731
+    side: Runs
+    if name == OURS:
+        keep_freed_memory()  # as the daemon does
+        side = Ours(folder / "ours.pt", pictures, device)
     else:
-        run = Theirs(read_theirs(case, folder, threshold), pictures, device).run_together
-    run()
-    run()
-    is_gpu = device.type == "cuda"
-    print(json.dumps(torch.cuda.max_memory_allocated(device) / 2**20 if is_gpu else peak_memory_mib(os.getpid())))
+        side = Theirs(read_theirs(case, folder, threshold), pictures, device)
+    serve(side.run, device)
 
 
 def write(out: Path, machine: Machine, rows: Sequence[Row], device: torch.device) -> None:
@@ -306,19 +303,20 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small network, to see that all of it runs")
     parser.add_argument("--repeat", type=int, help="repetitions of each measurement")
     parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
-    parser.add_argument("--peak-of", choices=("ours", "torchvision's"), help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=(OURS, THEIRS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--threshold", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device(options.device)
     case = QUICK if options.quick else FULL
     case = replace(case, repeats=options.repeat or case.repeats)
-    if options.peak_of:
-        print_peak(options.peak_of, case, device, options.folder, options.threshold)
+    if options.side:
+        serve_side(options.side, case, device, options.folder, options.threshold)
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for row in compare(case, device, Path(folder), options.quick):
+        chosen = ["--device", options.device, *(["--quick"] if options.quick else [])]
+        for row in compare(case, device, Path(folder), chosen):
             rows.append(row)
             say(row)
     if options.out:

@@ -12,6 +12,8 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from streamd.infer import find_device
 
@@ -59,7 +61,10 @@ def join(wanted_device: str) -> Iterator[Processes]:
     device = _device(wanted_device, int(os.environ.get("LOCAL_RANK", "0")))
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     if count > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+        # torchrun keeps one store over its restarts: a new process would find the address of one that was killed.
+        store = PrefixStore(f"start {restarts}", next(rendezvous("env://", timeout=_TIMEOUT))[0])
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_TIMEOUT)
     try:
         yield Processes(rank, count, device, restarts > 0)
     finally:
