@@ -107,7 +107,7 @@ def _frame(size: tuple[int, int]) -> Frame:
         stream="",
         seq=0,
         pts_s=0.0,
-        stamp=Stamp(epoch=0, arrived_ns=0, captured_at=0.0, clock="arrival"),
+        stamp=Stamp(epoch=0, arrived_ns=0, arrived_at=0.0, captured_at=0.0, clock="arrival"),
         decode_ms=0.0,
         picture=nothing,
         width=size[1],

@@ -105,6 +105,7 @@ def detections_message(
         pts=round(frame.pts_s, 6),
         captured_at=_utc(frame.stamp.captured_at),
         clock=frame.stamp.clock,
+        arrived_at=_utc(frame.stamp.arrived_at),
         width=frame.width,
         height=frame.height,
         model=wire.ModelName(name=result.model, sha256=sha256),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 
@@ -18,11 +19,15 @@ class Backoff:
         self._rng = rng or random.Random()
         self._limit_s = min(base_s, ceiling_s)
 
-    def next_delay_s(self) -> float:
+    def next_delay_s(self, at_most_s: float = math.inf) -> float:
         """Return the delay before the next try and double the limit of the one after."""
-        delay_s = self._rng.uniform(0.0, self._limit_s)
+        delay_s = self._rng.uniform(0.0, min(self._limit_s, at_most_s))
         self._limit_s = min(self._limit_s * 2, self.ceiling_s)
         return delay_s
+
+    def long_delay_s(self) -> float:
+        """Return a delay near the ceiling, spread: one server may refuse many at the same moment."""
+        return self._rng.uniform(0.75, 1.0) * self.ceiling_s
 
     def reset(self) -> None:
         """Begin anew at the base, after a success."""

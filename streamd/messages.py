@@ -62,8 +62,10 @@ class Stamp:
 
     epoch: int  # counts the stream's connections and time jumps from 0; pts is comparable within one epoch
     arrived_ns: int  # monotonic clock, ns: when the packet came
+    arrived_at: float  # the same as Unix time in seconds, by this machine's clock
     captured_at: float  # Unix time in seconds, by `clock`
     clock: Clock  # "sender": from the camera's RTCP sender report; "arrival": when the packet came
+    unset_at: float | None = None  # what the camera's clock said, where it was never set and is not believed
 
 
 @dataclass(frozen=True, slots=True, eq=False)

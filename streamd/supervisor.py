@@ -9,11 +9,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Protocol
 
 from streamd.backoff import Backoff
 from streamd.errors import SourceError
-from streamd.messages import Frame, Status, StreamState
+from streamd.messages import Frame, Stamp, Status, StreamState
 from streamd.metrics.readings import StreamReading
 
 logger = logging.getLogger(__name__)
@@ -22,6 +23,9 @@ Clock = Callable[[], float]  # seconds, monotonic
 Wait = Callable[[threading.Event, float], bool]  # wait for the event so many seconds; True if it came
 
 _HEALTHY_AFTER_S = 30.0  # a connection that delivered for so long makes the next failure the first again
+_REBOOT_S = 300.0  # a camera that delivered so recently will be back soon,
+_REBOOT_CEILING_S = 8.0  # and is then to be seen within 15 s, one time-out of opening included
+_KEYFRAME_WITHIN_S = 60.0  # a camera that sends none begins a new connection with one
 
 
 class Connection(Protocol):
@@ -91,6 +95,7 @@ class Supervisor:
         self._num_failures: Counter[str] = Counter()
         self._last_error = ""  # since the stream last ran
         self._newest_frame_s: float | None = None
+        self._clock_is_unset = False  # the camera's, by the newest frame
         self._status = Status(stream, StreamState.CONNECTING, "", "", time.time(), None, 0, 0, 0, 0)
 
     @property
@@ -150,7 +155,7 @@ class Supervisor:
 
     def _read(self, connection: Connection) -> None:
         packets_before = self._num_packets
-        last_frame_s = self._clock()
+        last_frame_s = last_good_s = self._clock()
         pace = _Pace(self._clock, self._wait) if self._policy.realtime else None
         last: Frame | None = None
         for frame in connection.frames():
@@ -158,6 +163,8 @@ class Supervisor:
             if self._stop.is_set():
                 return
             now = self._clock()
+            if now - last_good_s > _KEYFRAME_WITHIN_S + self._policy.stall_timeout_s:
+                raise SourceError(f"no key frame for {now - last_good_s:.0f} s", "waiting_keyframe")
             if frame is None:
                 if last is not None and now - last_frame_s > self._policy.stall_timeout_s:
                     raise SourceError(f"packets come, but no frame for {now - last_frame_s:.1f} s", "stalled")
@@ -166,6 +173,8 @@ class Supervisor:
             self._next_seq = frame.seq + 1
             if frame.corrupt and self._policy.drop_corrupt:
                 self._num_corrupt += 1
+                if self._status.state == StreamState.RUNNING and now - last_good_s > self._policy.stall_timeout_s:
+                    self._enter(StreamState.WAITING_KEYFRAME, f"only damaged frames for {now - last_good_s:.1f} s")
                 continue
             if last is not None and frame.stamp.epoch == last.stamp.epoch and frame.pts_s <= last.pts_s:
                 self._num_skipped_late += 1  # a repeated or backward presentation time
@@ -173,9 +182,7 @@ class Supervisor:
             if last is None:
                 self._running_since_s = now
                 self._last_error = ""
-                self._enter(StreamState.RUNNING)
-            elif connection.decoder != self._status.decoder:
-                self._enter(StreamState.RUNNING, "another decoder took over", decoder=connection.decoder)
+            self._note_running(connection.decoder, frame.stamp)
             last = frame
             if pace:
                 if pace.wait_for(frame, self._stop):
@@ -186,14 +193,30 @@ class Supervisor:
             elif not self._hand_over(frame):
                 self._stop.set()
                 return
-            last_frame_s = self._clock()  # a hand-over that waits for the model is no stall of the source
+            last_frame_s = last_good_s = self._clock()  # a hand-over that waits for the model is no stall of the source
         if last is None and not self._stop.is_set():
             raise SourceError("holds no frame that can be decoded", permanent=True)
         if pace:
             pace.wait_for_end(self._stop)
 
+    def _note_running(self, decoder: str, stamp: Stamp) -> None:
+        """Say that good frames come, and what else the operator should know of them, once for each change."""
+        is_unset, took_over = stamp.unset_at is not None, decoder != self._status.decoder
+        if self._status.state == StreamState.RUNNING and is_unset == self._clock_is_unset and not took_over:
+            return
+        self._clock_is_unset = is_unset
+        remarks = ["another decoder took over"] if took_over else []
+        if stamp.unset_at is not None:
+            said = datetime.fromtimestamp(stamp.unset_at, UTC).strftime("%Y-%m-%d %H:%M:%S")
+            remarks.append(f"the camera's clock was never set (it says {said}); times are those of arrival")
+        self._enter(StreamState.RUNNING, "; ".join(remarks), decoder=decoder)
+
     def _wait_to_retry(self, err: SourceError) -> None:
-        delay_s = self._backoff.ceiling_s if err.permanent else self._backoff.next_delay_s()
+        if err.permanent:
+            delay_s = self._backoff.long_delay_s()
+        else:
+            was_here = self._newest_frame_s is not None and self._clock() - self._newest_frame_s < _REBOOT_S
+            delay_s = self._backoff.next_delay_s(_REBOOT_CEILING_S if was_here else math.inf)
         self._enter(StreamState(err.state), str(err), retry_in_s=delay_s)
         self._wait(self._stop, delay_s)
 
@@ -226,10 +249,12 @@ class Supervisor:
 
 def _arriving_now(frame: Frame) -> Frame:
     """Stamp a frame that was held back as if its packet had only just come, so that latencies are a camera's."""
+    arrived_at = time.time() - frame.decode_ms / 1e3
     stamp = replace(
         frame.stamp,
         arrived_ns=time.monotonic_ns() - round(frame.decode_ms * 1e6),
-        captured_at=time.time() - frame.decode_ms / 1e3,
+        arrived_at=arrived_at,
+        captured_at=arrived_at,
     )
     return replace(frame, stamp=stamp)
 

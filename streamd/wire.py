@@ -137,6 +137,9 @@ class DetectionsMessage(Struct, frozen=True, kw_only=True, omit_defaults=True):
         Literal["sender", "arrival"],
         Meta(description="captured_at is the camera's own time (sender) or when the packet came (arrival)"),
     ]
+    arrived_at: Annotated[
+        str, Meta(description="when the packet came, by the daemon's clock; as captured_at, but empty if not told")
+    ] = ""
     width: Annotated[int, Meta(description="of the frame as displayed, pixels")]
     height: int
     model: ModelName

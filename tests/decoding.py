@@ -63,8 +63,12 @@ def recode(
     gop: int = 20,
     b_frames: int = 0,
     open_gop: bool = False,
+    hashes: bool = False,
 ) -> Path:
-    """Encode the beginning of a clip anew, at 25 frames/s; `size` is width and height in pixels."""
+    """Encode the beginning of a clip anew, at 25 frames/s; `size` is width and height in pixels.
+
+    `hashes`: H.265 says of each picture what its MD5 is.
+    """
     with av.open(str(clip)) as source, av.open(str(out), "w") as output:
         stream = output.add_stream(codec, rate=25, options=dict(_CODEC_OPTIONS[codec]))
         assert isinstance(stream, VideoStream)
@@ -75,7 +79,8 @@ def recode(
             stream.options |= {"x264-params": f"open-gop={int(open_gop)}:b-adapt=0"}
         if codec == "libx265":  # in one thread, as in clips.py
             groups = f"keyint={gop}:min-keyint={gop}:scenecut=0:open-gop={int(open_gop)}"
-            stream.options |= {"x265-params": f"log-level=none:bframes={b_frames}:{groups}:frame-threads=1:pools=none"}
+            groups += f":bframes={b_frames}:hash={int(hashes)}"
+            stream.options |= {"x265-params": f"log-level=none:{groups}:frame-threads=1:pools=none"}
         for index, frame in enumerate(islice(source.decode(video=0), num_frames)):
             resized = frame.reformat(*size, format=stream.pix_fmt)
             resized.pict_type = 0  # else the encoder would keep the source's key frames

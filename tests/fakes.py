@@ -30,7 +30,7 @@ def make_frame(
         stream=stream,
         seq=seq,
         pts_s=seq / 25 if pts_s is None else pts_s,
-        stamp=Stamp(epoch=epoch, arrived_ns=0, captured_at=0.0, clock="arrival"),
+        stamp=Stamp(epoch=epoch, arrived_ns=0, arrived_at=0.0, captured_at=0.0, clock="arrival"),
         decode_ms=0.0,
         picture=PIXEL,
         width=1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamd.sources import SourceOptions, Timeline, open_source
-from streamd.sources.access_units import START_CODE, AccessUnit, AccessUnits
+from streamd.sources.access_units import START_CODE, AccessUnit, AccessUnits, Codec
 from tests.conftest import StartRtsp
 
 FRAGMENT = 100  # bytes of payload in one piece
@@ -145,7 +146,7 @@ def test_no_byte_is_lost_repeated_or_moved(pictures: list[list[tuple[bytes, int]
         play(units, [a_picture(a_slice(250))] * 40)
     fed = [a_picture(*(a_slice(size, head) for head, size in picture)) for picture in pictures]
     out = play(units, [*fed, [START_CODE + SLICE]], first_pts=100)
-    everything = b"".join(piece for pieces in fed for piece in pieces)
+    everything = b"".join(piece for pieces in fed for piece, _ in groupby(pieces))  # a repetition is the network's
     got = b"".join(unit.data for _, unit in out)
     assert got in (everything, everything + START_CODE + SLICE)
 
@@ -165,3 +166,34 @@ def test_a_real_camera_s_pictures_come_before_the_next_one_begins(
     sent = {round(unit["pts_s"], 1): unit["sent_at"] for unit in server.sent()}
     delays = sorted(at - sent[round(pts_s, 1)] for pts_s, at in arrived[40:])
     assert delays[len(delays) // 2] < 0.06, f"one frame time is 0.1 s: {delays}"
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize(
+    ("codec", "first", "next_one"),
+    [
+        ("h264", bytes([0x65, 0x88]), bytes([0x41, 0x9A])),
+        ("hevc", bytes([0x26, 1, 0xAF]), bytes([0x02, 1, 0xD0])),
+    ],
+)
+def test_two_pictures_with_one_time_stay_two(codec: Codec, first: bytes, next_one: bytes, known: bool) -> None:
+    """A picture's first slice says that it begins at the picture's first block."""
+
+    def pieces(head: bytes, filling: bytes) -> list[bytes]:
+        return [START_CODE + head + filling * 1000, filling * 1000, filling * 900]
+
+    units = AccessUnits(codec)
+    play(units, [pieces(first, b"a")] * (40 if known else 1))
+    assert units.ends_early == known
+    fed = [unit for piece in (*pieces(first, b"b"), *pieces(next_one, b"c")) for unit in units.feed(piece, 100)]
+    fed += units.feed(START_CODE + next_one, 200)
+    pictures = [unit for unit in fed if unit.pts == 100]
+    assert [unit.data[-1:] for unit in pictures] == [b"b", b"c"]
+    assert not any(unit.corrupt for unit in pictures)
+
+
+def test_a_packet_that_the_network_repeats_is_no_picture_of_its_own() -> None:
+    units = AccessUnits("h264")
+    picture = START_CODE + SLICE + b"\x9a" + b"x" * 20
+    out = play(units, [[picture, picture], [START_CODE + SLICE]])
+    assert [unit.data for _, unit in out] == [picture]

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamd.decode.gop import (
+    MAX_BYTES,
     MAX_FRAMES,
     Gop,
     GopError,
@@ -33,7 +34,7 @@ def make_packet(*units: bytes, pts: int | None = 0, keyframe: bool = False, arri
     """Make an access unit in Annex B."""
     data = av.Packet(b"".join(b"\0\0\0\1" + unit for unit in units))
     data.pts = pts
-    stamp = Stamp(epoch=0, arrived_ns=round(arrived_s * 1e9), captured_at=0.0, clock="arrival")
+    stamp = Stamp(epoch=0, arrived_ns=round(arrived_s * 1e9), arrived_at=0.0, captured_at=0.0, clock="arrival")
     return Packet(cast("av.Packet[av.VideoStream]", data), stamp, keyframe, corrupt=False)
 
 
@@ -95,6 +96,16 @@ def test_a_group_that_never_ends_is_noticed_and_can_be_taken_back() -> None:
     assert splitter.excess == f"no closed GOP within {MAX_FRAMES} frames"
     assert splitter.take_open() == packets
     assert splitter.excess == "" and splitter.flush() == []
+
+
+def test_a_group_of_too_many_bytes_is_noticed() -> None:
+    splitter = GopSplitter("vp9", None)
+    for index in range(MAX_BYTES >> 24):
+        assert splitter.excess == ""
+        splitter.feed(make_packet(bytes(16 << 20), keyframe=index == 0))
+    assert splitter.excess == f"no closed GOP within {MAX_BYTES >> 20} MiB"
+    splitter.take_open()
+    assert splitter.excess == ""
 
 
 def test_a_group_that_takes_longer_than_the_stream_s_latency_is_noticed_while_it_arrives() -> None:

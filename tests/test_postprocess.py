@@ -40,7 +40,7 @@ def frame(width: int, height: int) -> Frame:
         stream="gate",
         seq=0,
         pts_s=0.0,
-        stamp=Stamp(epoch=0, arrived_ns=0, captured_at=0.0, clock="arrival"),
+        stamp=Stamp(epoch=0, arrived_ns=0, arrived_at=0.0, captured_at=0.0, clock="arrival"),
         decode_ms=0.0,
         picture=Picture((torch.empty(0, 0, 3, dtype=torch.uint8),), "rgb", "bt601", True, 0),
         width=width,

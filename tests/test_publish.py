@@ -57,7 +57,7 @@ class FakeSink:
 class Immediately(Backoff):
     """A back-off of a hundredth of a second, for ever."""
 
-    def next_delay_s(self) -> float:
+    def next_delay_s(self, at_most_s: float = 0.0) -> float:
         return 0.01
 
 
@@ -243,7 +243,7 @@ def test_stop_keeps_its_deadline_while_the_sink_hangs(sink: FakeSink, start: Sta
 
 def test_stop_ends_a_long_back_off(sink: FakeSink, start: Start) -> None:
     class Hour(Backoff):
-        def next_delay_s(self) -> float:
+        def next_delay_s(self, at_most_s: float = 0.0) -> float:
             return 3600.0
 
     sink.is_away = True

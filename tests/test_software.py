@@ -140,16 +140,18 @@ EXACT = {  # formats that are handed over as they are: (codec, container) -> lay
     ("rawvideo", "nv12", "mkv"): "nv12",
     ("rawvideo", "rgb24", "nut"): "rgb",
 }
-CONVERTED = [
-    ("libx264", "yuv420p10le", "mp4"),
-    ("libx265", "yuv420p10le", "mkv"),
-    ("ffv1", "yuv420p10le", "mkv"),
-    ("libx264rgb", "rgb24", "mkv"),
-    ("ffv1", "gray", "mkv"),
-    ("ffv1", "gray10le", "mkv"),
-    ("rawvideo", "yuyv422", "mkv"),
-    ("rawvideo", "bgr24", "avi"),
-]
+CONVERTED = {
+    ("libx264", "yuv420p10le", "mp4"): "yuv",
+    ("libx264", "yuv422p10le", "mkv"): "yuv",
+    ("libx265", "yuv420p10le", "mkv"): "yuv",
+    ("libx265", "yuv422p12le", "mkv"): "yuv",
+    ("ffv1", "yuv420p10le", "mkv"): "yuv",
+    ("libx264rgb", "rgb24", "mkv"): "rgb",
+    ("ffv1", "gray", "mkv"): "rgb",
+    ("ffv1", "gray10le", "mkv"): "rgb",
+    ("rawvideo", "yuyv422", "mkv"): "rgb",
+    ("rawvideo", "bgr24", "avi"): "rgb",
+}
 
 
 def write_format(tmp_path: Path, codec: str, pixel_format: str, container: str, size: tuple[int, int]) -> Path:
@@ -163,11 +165,31 @@ def write_format(tmp_path: Path, codec: str, pixel_format: str, container: str, 
 def test_every_pixel_format_shows_the_picture(tmp_path: Path, codec: str, pixel_format: str, container: str) -> None:
     size = (64, 48)
     frame = decode(write_format(tmp_path, codec, pixel_format, container, size))[0]
-    assert frame.picture.layout == EXACT.get((codec, pixel_format, container), "rgb")
+    assert frame.picture.layout == (EXACT | CONVERTED)[codec, pixel_format, container]
     assert (frame.width, frame.height) == size
     difference = np.abs(to_rgb(frame.picture) - drawing(0, size))
     assert np.median(difference) <= 3, f"{pixel_format} became {frame.picture.layout} with wrong colours"
     assert np.percentile(difference, 90) <= 8
+
+
+@pytest.mark.parametrize("size", [(320, 240), (1280, 720)])
+@pytest.mark.parametrize("full_range", [False, True])
+@pytest.mark.parametrize("pixel_format", ["yuv420p", "yuv420p10le", "yuv422p12le", "p010le", "yuyv422"])
+def test_colours_are_those_of_the_size_s_matrix_where_the_stream_names_none(
+    pixel_format: str, full_range: bool, size: tuple[int, int]
+) -> None:
+    quarters = np.array([[(220, 40, 40), (40, 200, 60)], [(50, 60, 210), (128, 128, 128)]], np.uint8)
+    colours = quarters.repeat(size[1] // 2, axis=0).repeat(size[0] // 2, axis=1)
+    decoded = av.VideoFrame.from_ndarray(colours, format="rgb24").reformat(
+        format=pixel_format,
+        dst_colorspace="ITU709" if size[1] >= 720 else "ITU601",
+        dst_color_range="JPEG" if full_range else "MPEG",
+    )
+    decoded.colorspace = 2  # unspecified
+    picture = picture_of(decoded)
+    assert picture.full_range == full_range
+    inner = np.abs(to_rgb(picture) - colours)[8:-8:4, 8:-8:4]
+    assert np.percentile(inner, 95) <= 6, "with the other matrix it is 20 and more"
 
 
 @pytest.mark.parametrize("size", [(64, 48), (35, 27), (33, 2), (2, 2), (1, 1), (3, 1)])
@@ -318,6 +340,42 @@ def test_with_b_frames_the_mark_stays_with_the_damaged_group(tmp_path: Path) -> 
     with closing(source):
         good = {frame.stamp.arrived_ns for frame in decode_all(source, packets) if not frame.corrupt}
     assert good == {*range(broken), *range(keyframes[2], 30)}
+
+
+def test_after_a_picture_that_lacks_a_slice_all_are_marked_until_the_next_key_frame(tmp_path: Path) -> None:
+    """The decoder conceals the place and calls that picture corrupt, but none of those that refer to it."""
+    path = tmp_path / "c.mp4"
+    source, packets = read(write_clip(path, 30, gop=10, size=(128, 96), options={"x264-params": "slices=4"}))
+    data = bytes(packets[13].data)
+    first = 4 + int.from_bytes(data[:4], "big")
+    lacking = av.Packet(data[first:])
+    lacking.pts, lacking.dts, lacking.time_base = (
+        packets[13].data.pts,
+        packets[13].data.dts,
+        packets[13].data.time_base,
+    )
+    packets[13] = replace(packets[13], data=cast("av.Packet[av.VideoStream]", lacking))
+    with closing(source):
+        frames = {frame.stamp.arrived_ns: frame.corrupt for frame in decode_all(source, packets)}
+    assert [index for index in range(30) if index not in frames or frames[index]] == list(range(13, 20))
+
+
+def test_a_long_group_of_pictures_keeps_no_packet(tmp_path: Path) -> None:
+    source, packets = read(write_clip(tmp_path / "c.mp4", 400, gop=400, b_frames=2))
+    with closing(source):
+        decoder = SoftwareDecoder("gate", source.video)
+        num_alive = []
+        seen: set[int] = set()
+        packets.reverse()
+        while packets:
+            for frame in decoder.decode(packets.pop()):
+                seen.add(frame.seq)
+            if len(packets) % 100 == 0:
+                gc.collect()
+                num_alive.append(sum(type(thing) is Stamp for thing in gc.get_objects()) - len(packets))
+        seen.update(frame.seq for frame in decoder.flush())
+    assert seen == set(range(400))
+    assert max(num_alive) - min(num_alive) <= 8
 
 
 def test_packets_that_the_transport_marked_make_corrupt_frames(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ class FakeStore:
 
 
 class Quickly(Backoff):
-    def next_delay_s(self) -> float:
+    def next_delay_s(self, at_most_s: float = 0.0) -> float:
         return 0.01
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -134,6 +136,52 @@ def test_an_error_that_will_not_go_away_soon_is_retried_at_the_ceiling_at_once()
     assert run_failures(3, wrong_password, HighestDraw()) == [30.0] * 3
 
 
+def test_a_camera_that_was_here_a_moment_ago_is_tried_more_often_for_five_minutes() -> None:
+    refusals = [SourceError("gone", "unreachable")] * 60
+    watched = Watched([make_frame(), *refusals[:1]], *refusals, [make_frame(seq=2)], backoff=Backoff(rng=HighestDraw()))
+    watched.run()
+    assert watched.clock.waits_s[:6] == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0]
+    num_often = watched.clock.waits_s.index(30.0)
+    assert 300 - 8 < sum(watched.clock.waits_s[: num_often + 1]) - 30 <= 300 + 8
+    assert set(watched.clock.waits_s[num_often:]) == {30.0}
+
+
+@pytest.mark.parametrize("away_s", [1, 5, 20, 60, 240])
+def test_a_hundred_cameras_that_reboot_at_once_are_back_in_fifteen_seconds_and_do_not_come_in_a_herd(
+    away_s: float,
+) -> None:
+    """Each try of an absent camera takes the five seconds of the time-out, as a host without power does."""
+    returned: list[float] = []
+    knocks: Counter[int] = Counter()
+    for index in range(100):
+        seen = reboot(away_s, random.Random(index))
+        knocks.update(int(at_s) for at_s in seen)
+        returned.append(seen[-1])
+    assert max(returned) - away_s <= 15
+    assert max(knocks[second] for second in range(20, 300)) <= 30, "knocks in any one second, of a hundred"
+
+
+def reboot(away_s: float, rng: random.Random) -> list[float]:
+    """Let a camera be away for so long; return when the supervisor tried, in seconds from the begin of that."""
+    tries: list[float] = []
+    watched: Watched
+
+    def connections() -> Iterator[Iterable[Step] | SourceError]:
+        yield [make_frame(), SourceError("gone", "unreachable")]
+        while True:
+            tries.append(watched.clock() - 1000)
+            if tries[-1] >= away_s:
+                yield [make_frame(seq=1, epoch=1)]
+                return
+            watched.clock.advance(min(5.0, away_s - tries[-1]))
+            yield SourceError("no answer", "unreachable")
+
+    watched = Watched(*[], backoff=Backoff(rng=rng))
+    watched.camera._connections = connections()
+    watched.run()
+    return tries
+
+
 @pytest.mark.parametrize(("healthy_s", "delay_s"), [(29.0, 4.0), (31.0, 0.5)])
 def test_back_off_begins_anew_after_half_a_minute_of_frames(healthy_s: float, delay_s: float) -> None:
     watched = Watched(
@@ -187,7 +235,7 @@ def test_without_retry_the_first_failure_is_the_last_state() -> None:
 def test_a_file_without_a_frame_has_failed() -> None:
     watched = Watched([None, None], [make_frame()]).run()
     failed = watched.statuses[2]
-    assert (failed.state, failed.retry_in_s) == ("failed", 30.0)
+    assert failed.state == "failed" and failed.retry_in_s is not None and 22.5 <= failed.retry_in_s <= 30
     assert failed.reason == "holds no frame that can be decoded"
 
 
@@ -216,6 +264,61 @@ def test_damaged_frames_are_published_where_asked_for() -> None:
     watched = run([make_frame(seq=0), make_frame(seq=1, corrupt=True)], Policy(drop_corrupt=False))
     assert [frame.corrupt for frame in watched.handed] == [False, True]
     assert watched.statuses[-1].corrupt == 0
+
+
+def test_a_stream_of_which_only_damaged_frames_come_waits_for_a_key_frame_and_says_so() -> None:
+    watched = Watched(
+        [
+            make_frame(seq=0),
+            lambda: watched.clock.advance(1.5),
+            make_frame(seq=1, corrupt=True),
+            lambda: watched.clock.advance(1.5),
+            make_frame(seq=2, corrupt=True),
+            make_frame(seq=3, corrupt=True),
+            make_frame(seq=4),
+        ],
+        policy=Policy(stall_timeout_s=2),
+    )
+    watched.run()
+    assert watched.states == ["connecting", "waiting_keyframe", "running", "waiting_keyframe", "running", "ended"]
+    assert watched.statuses[3].reason == "only damaged frames for 3.0 s"
+    assert watched.seqs == [0, 4]
+
+
+@pytest.mark.parametrize("first", [[], [make_frame(seq=0)]], ids=["at the begin", "after damage"])
+def test_a_camera_that_sends_no_key_frame_for_a_minute_is_asked_for_one_by_a_new_connection(
+    first: list[Frame],
+) -> None:
+    def until_told() -> Iterator[Step]:
+        yield from first
+        while watched.clock() < 1000 + 10 * 60:
+            watched.clock.advance(0.5)
+            yield make_frame(seq=1, corrupt=True)
+
+    watched = Watched(until_told(), [make_frame(seq=2, epoch=1)])
+    watched.run()
+    reconnecting = next(status for status in watched.statuses if status.retry_in_s is not None)
+    assert (reconnecting.state, reconnecting.reason) == ("waiting_keyframe", "no key frame for 66 s")
+    assert watched.seqs[-1] == 2
+
+
+def test_ten_seconds_without_a_key_frame_are_waited_for() -> None:
+    watched = Watched([], policy=Policy(stall_timeout_s=2))
+    half_seconds: list[Step] = [None, lambda: watched.clock.advance(0.5)]
+    watched.camera = FakeCamera([*half_seconds * 20, make_frame()])
+    watched.supervisor._connect = watched.camera.connect
+    assert watched.run().states == ["connecting", "waiting_keyframe", "running", "ended"]
+
+
+def test_a_camera_s_clock_that_was_never_set_is_said_once_and_taken_back_when_it_is_set() -> None:
+    def at(seq: int, unset_at: float | None) -> Frame:
+        frame = make_frame(seq=seq)
+        return replace(frame, stamp=replace(frame.stamp, unset_at=unset_at))
+
+    watched = run([at(0, None), at(1, 12.0), at(2, 12.04), at(3, None), at(4, None)])
+    running = [status.reason for status in watched.statuses if status.state == "running"]
+    said = "the camera's clock was never set (it says 1970-01-01 00:00:12); times are those of arrival"
+    assert running == ["", said, ""]
 
 
 def test_repeated_and_backward_presentation_times_are_dropped_and_counted() -> None:

@@ -26,11 +26,11 @@ def timeline() -> Timeline:
 
 
 def test_without_a_sender_report_a_picture_was_taken_when_it_came(timeline: Timeline) -> None:
-    assert stamp(timeline, 0.0, 2.5) == Stamp(0, 2_500_000_000, NOW + 2.5, "arrival")
+    assert stamp(timeline, 0.0, 2.5) == Stamp(0, 2_500_000_000, NOW + 2.5, NOW + 2.5, "arrival")
 
 
 def test_the_sender_s_clock_is_used_where_it_is_known(timeline: Timeline) -> None:
-    assert stamp(timeline, 0.0, 2.5, NOW - 0.2) == Stamp(0, 2_500_000_000, NOW - 0.2, "sender")
+    assert stamp(timeline, 0.0, 2.5, NOW - 0.2) == Stamp(0, 2_500_000_000, NOW + 2.5, NOW - 0.2, "sender")
 
 
 @pytest.mark.parametrize("never_set", [0.0, -2208988800.0, 946_684_799.0])
@@ -117,3 +117,33 @@ def test_between_two_reports_the_sender_s_time_runs_with_the_presentation_time()
     assert time_of(clock, PacketWithReport(None), 10.2) == pytest.approx(1e9 + 0.2)
     assert time_of(clock, report(1_000_000_000_700_000), 10.6) == pytest.approx(1e9 + 0.7), "the camera's clock drifts"
     assert time_of(clock, report(1_000_000_100_000_000), 3.0) == pytest.approx(1e9 + 100), "its times began anew"
+
+
+def test_after_a_jump_the_old_report_is_not_believed_and_a_new_one_is(timeline: Timeline) -> None:
+    """FFmpeg carries the last report over the jump: as far as presentation times are off, so is the sender's time."""
+    stamp(timeline, 7200.0, 0.0, NOW - 0.1)
+    stale = stamp(timeline, 0.0, 0.04, NOW + 0.04 - 0.1 - 7200)
+    assert (stale.epoch, stale.clock, stale.captured_at) == (1, "arrival", NOW + 0.04)
+    assert stamp(timeline, 0.04, 0.08, NOW + 0.08 - 0.1 - 7200).clock == "arrival"
+    fresh = stamp(timeline, 0.08, 0.12, NOW + 0.02)
+    assert (fresh.epoch, fresh.clock, fresh.captured_at) == (1, "sender", NOW + 0.02)
+
+
+def test_a_camera_whose_clock_is_set_while_its_presentation_times_follow_is_believed_at_once(
+    timeline: Timeline,
+) -> None:
+    stamp(timeline, 100.0, 0.0, NOW - 10_800)
+    now_right = stamp(timeline, 100.04 + 10_800, 0.04, NOW + 0.04)
+    assert (now_right.epoch, now_right.clock) == (1, "sender")
+
+
+def test_a_step_of_this_machine_s_clock_is_no_jump_of_the_camera_s(timeline: Timeline) -> None:
+    first = timeline.stamp(0.0, 0, NOW, NOW)
+    second = timeline.stamp(0.04, 40_000_000, NOW + 3600, NOW + 0.04)
+    assert (first.epoch, second.epoch, second.clock) == (0, 0, "sender")
+
+
+def test_what_a_clock_that_was_never_set_says_is_kept_for_the_operator(timeline: Timeline) -> None:
+    got = stamp(timeline, 0.0, 1.0, 12.5)
+    assert (got.clock, got.captured_at, got.arrived_at, got.unset_at) == ("arrival", NOW + 1, NOW + 1, 12.5)
+    assert stamp(timeline, 0.04, 1.04, NOW).unset_at is None

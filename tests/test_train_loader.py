@@ -86,7 +86,7 @@ def numbers_of(batches: Iterable[TrainBatch], dataset: DataSet) -> list[list[int
 def frame_of(pixels: np.ndarray) -> Frame:
     picture = Picture((torch.from_numpy(pixels),), "rgb", "bt601", True, 0)
     height, width = pixels.shape[:2]
-    stamp = Stamp(epoch=0, arrived_ns=0, captured_at=0.0, clock="arrival")
+    stamp = Stamp(epoch=0, arrived_ns=0, arrived_at=0.0, captured_at=0.0, clock="arrival")
     return Frame("a", 0, 0.0, stamp, 0.0, picture, width, height, keyframe=True, corrupt=False)
 
 

@@ -62,6 +62,7 @@ def test_json_reads_as_the_architecture_says() -> None:
         "pts": 41.133333,
         "captured_at": "2026-01-31T10:00:00.123456Z",
         "clock": "sender",
+        "arrived_at": "2026-01-31T10:00:00.373456Z",
         "width": 1920,
         "height": 1080,
         "model": {"name": "people", "sha256": "abc"},

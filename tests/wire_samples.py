@@ -49,7 +49,7 @@ def make_result(stream: str = "gate", num_objects: int = 2, masks: tuple[Rle, ..
         stream=stream,
         seq=40,
         pts_s=41.1333333333,
-        stamp=Stamp(epoch=2, arrived_ns=1, captured_at=CAPTURED_AT, clock="sender"),
+        stamp=Stamp(epoch=2, arrived_ns=1, arrived_at=CAPTURED_AT + 0.25, captured_at=CAPTURED_AT, clock="sender"),
         decode_ms=3.1,
         picture=Picture(planes=(pixel,), layout="rgb", matrix="bt709", full_range=True, rotation=0),
         width=1920,

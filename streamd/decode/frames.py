@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import cast
 
 import av
 
 from streamd.messages import Frame, Packet, Picture, Stamp
+
+
+@dataclass(slots=True)
+class _Mark:
+    """What a packet tells its frame, which may come later."""
+
+    stamp: Stamp
+    damaged: bool
 
 
 class Framer:
@@ -21,7 +30,9 @@ class Framer:
         self._time_base = float(video.time_base or 0)
         self._frame_s = 1 / float(video.average_rate or video.guessed_rate or 25)
         self._last_pts_s = -self._frame_s
-        self._damaged = False
+        self._damaged = False  # by packets, in order of decoding
+        self._newest: _Mark | None = None
+        self._shown_damaged = False  # by pictures, in order of presentation
 
     def stamped(self, packet: Packet) -> av.Packet[av.VideoStream]:
         """Return FFmpeg's packet with what its frame is to know; the decoder must have `copy_opaque` set."""
@@ -30,18 +41,22 @@ class Framer:
         elif packet.corrupt:
             self._damaged = True
         # Not the packet itself: Python's collector does not see FFmpeg's references, so the ring would never be freed.
-        packet.data.opaque = (packet.stamp, self._damaged)
+        self._newest = packet.data.opaque = _Mark(packet.stamp, self._damaged)
         return packet.data
 
     def note_damage(self) -> None:
-        """Mark the packets from here to the next key frame."""
+        """Mark the newest packet, whose picture may come nevertheless, and those up to the next key frame."""
         self._damaged = True
+        if self._newest is not None:
+            self._newest.damaged = True
 
     def frame(self, decoded: av.VideoFrame, picture: Picture, decode_ms: float) -> Frame:
         """Make a frame of what FFmpeg decoded from stamped packets."""
-        stamp, damaged = cast(tuple[Stamp, bool], decoded.opaque)
-        corrupt = damaged or decoded.is_corrupt
-        return self._make(picture, self._pts_s(decoded), stamp, decode_ms, bool(decoded.key_frame), corrupt)
+        mark = cast(_Mark, decoded.opaque)
+        if decoded.is_corrupt or decoded.key_frame:
+            self._shown_damaged = decoded.is_corrupt
+        corrupt = mark.damaged or self._shown_damaged
+        return self._make(picture, self._pts_s(decoded), mark.stamp, decode_ms, bool(decoded.key_frame), corrupt)
 
     def frame_of(self, packet: Packet, picture: Picture, decode_ms: float) -> Frame:
         """Make a frame of a picture that was decoded from this packet, which has a presentation time."""

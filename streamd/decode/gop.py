@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from streamd.errors import StreamdError
 from streamd.messages import Packet
 
-MAX_FRAMES = 500  # a camera that never begins anew must not fill the memory
+MAX_FRAMES = 500  # a camera that never begins anew must not fill the memory,
+MAX_BYTES = 64 << 20  # whatever its bit rate
 _START_CODE = b"\0\0\1"
 
 
@@ -47,6 +48,7 @@ class GopSplitter:
         self._max_s = max_s
         self._keyframes_only = keyframes_only
         self._open: list[Packet] = []
+        self._num_bytes = 0  # of these
 
     def feed(self, packet: Packet) -> list[Gop]:
         """Take a packet; return the groups that are whole now, at most one."""
@@ -57,6 +59,7 @@ class GopSplitter:
             return [Gop((packet,))] if begins else []
         ended = self.flush() if begins else []
         self._open.append(packet)
+        self._num_bytes += packet.data.size
         return ended
 
     def flush(self) -> list[Gop]:
@@ -66,7 +69,7 @@ class GopSplitter:
 
     def take_open(self) -> list[Packet]:
         """Give up the packets of the group that was begun."""
-        packets, self._open = self._open, []
+        packets, self._open, self._num_bytes = self._open, [], 0
         return packets
 
     @property
@@ -74,6 +77,8 @@ class GopSplitter:
         """Say in which way the group that was begun is too long; empty while it is not."""
         if len(self._open) > MAX_FRAMES:
             return f"no closed GOP within {MAX_FRAMES} frames"
+        if self._num_bytes > MAX_BYTES:
+            return f"no closed GOP within {MAX_BYTES >> 20} MiB"
         if self._open:
             lasted_s = (self._open[-1].stamp.arrived_ns - self._open[0].stamp.arrived_ns) / 1e9
             if lasted_s > self._max_s:

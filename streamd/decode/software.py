@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from typing import Literal, cast
@@ -17,6 +18,7 @@ from streamd.messages import Frame, Packet, Picture
 _PLANAR_YUV = frozenset(
     f"yuv{full}{chroma}p" for full in ("", "j") for chroma in ("410", "411", "420", "422", "440", "444")
 )
+_DEEP = re.compile(r"(yuv4\d\dp|p0)(?:9|1[0246])(?:le|be)")  # the same planes in 9 to 16 bits
 _HD_HEIGHT = 720  # without a matrix in the stream, HD is BT.709 and SD BT.601 (ITU-R BT.709, BT.601)
 
 Layout = Literal["yuv", "nv12", "rgb"]
@@ -76,7 +78,8 @@ def configure(context: av.VideoCodecContext) -> None:
     context.thread_type = "SLICE"
     context.thread_count = 1
     context.copy_opaque = True  # a frame carries its packet's stamp through reordering
-    context.options = {"err_detect": "explode"}  # report damage instead of painting over it
+    # Report damage instead of painting over it, also what only the picture's hash shows, where the camera sends one.
+    context.options = {"err_detect": "explode+crccheck"}
 
 
 def first_look(video: av.VideoStream, keyframe: av.Packet[av.VideoStream]) -> av.VideoFrame | None:
@@ -96,20 +99,25 @@ def first_look(video: av.VideoStream, keyframe: av.Packet[av.VideoStream]) -> av
 
 
 def picture_of(decoded: av.VideoFrame) -> Picture:
-    """Wrap FFmpeg's buffers without a copy; rare pixel formats are converted to 8-bit RGB."""
-    name = decoded.format.name
-    layout: Layout
-    if name in _PLANAR_YUV:
-        layout = "yuv"
-    elif name == "nv12":
-        layout = "nv12"
-    else:
-        layout = "rgb"
-        if name != "rgb24":
-            decoded = decoded.reformat(format="rgb24")
+    """Wrap FFmpeg's buffers without a copy; of deep colours 8 bits are kept, rare formats become RGB."""
+    name = _as_8_bit(decoded.format.name)
+    layout: Layout = "yuv" if name in _PLANAR_YUV else "nv12" if name == "nv12" else "rgb"
+    wanted = "rgb24" if layout == "rgb" else name
+    converted = decoded
+    if wanted != decoded.format.name:
+        # Without a matrix in the stream, FFmpeg would take BT.601 at any size.
+        by_matrix = {"bt601": "ITU601", "bt709": "ITU709"}[_matrix(decoded)] if layout == "rgb" else None
+        converted = decoded.reformat(format=wanted, src_colorspace=by_matrix)
     channels = {"yuv": (1, 1, 1), "nv12": (1, 2), "rgb": (3,)}[layout]
-    planes = tuple(_plane(plane, n) for plane, n in zip(decoded.planes, channels, strict=True))
+    planes = tuple(_plane(plane, n) for plane, n in zip(converted.planes, channels, strict=True))
     return described(decoded, planes, layout)
+
+
+def _as_8_bit(pixel_format: str) -> str:
+    deep = _DEEP.fullmatch(pixel_format)
+    if deep is None:
+        return pixel_format
+    return "nv12" if deep[1] == "p0" else deep[1]
 
 
 def described(

@@ -80,7 +80,9 @@ class AccessUnits:
         """
         picture = self._picture
         completed: list[AccessUnit] | tuple[()] = ()
-        if pts != picture.pts:
+        if pts == picture.pts and piece == picture.last_piece:
+            return completed  # a network repeats packets, and FFmpeg lets the repetition of the last one pass
+        if pts != picture.pts or (picture.num_slices and self._begins_picture(piece)):
             if picture.pieces:
                 if after_loss:
                     self._truncated = True  # its end may be among what is missing
@@ -88,8 +90,6 @@ class AccessUnits:
                     self._learn(picture)
                 completed = [self._unit(picture)]
             picture = self._picture = _Picture(pts, sender_at, follows_loss=after_loss)
-        elif piece == picture.last_piece:
-            return completed  # a network repeats packets, and FFmpeg lets the repetition of the last one pass
         elif after_loss:
             self._truncated = True
         elif picture.let_go:
@@ -121,6 +121,17 @@ class AccessUnits:
         while position >= 0:
             self._note_head(picture, piece[position + 4 : position + 6])
             position = piece.find(START_CODE, position + 4)
+
+    def _begins_picture(self, piece: bytes) -> bool:
+        """Tell the first slice of a picture or field, which a camera may give the time of the one before.
+
+        Its address is 0: the first bit of `first_mb_in_slice`, and `first_slice_segment_in_pic_flag`.
+        """
+        if not piece.startswith(START_CODE) or len(piece) < 7:
+            return False
+        if self._is_hevc:
+            return piece[4] >> 1 & 0x3F < 32 and piece[6] >= 0x80
+        return piece[4] & 0x1F in (1, 5) and piece[5] >= 0x80
 
     def _note_head(self, picture: _Picture, head: bytes) -> None:
         """Count slices, and recognise where a decoder may begin (H.264 table 7-1, H.265 table 7-1)."""
