@@ -1,4 +1,4 @@
-"""`streamd check`: do what the daemon does, up to the first frame of each stream."""
+"""`streamd check`: do what the daemon does, up to the models or to the first frame of each stream."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from streamd.pipeline import Pipeline
 _MAX_AT_ONCE = 16
 
 
-def check(config: Config, console: Console) -> int:
-    """Print one line for each model and stream; return 1 if a stream gives no frame.
+def check(config: Config, console: Console, *, connect: bool = True) -> int:
+    """Print one line for each model and, where asked to `connect`, stream; return 1 if a stream gives no frame.
 
     Raises ModelError or ConfigError, as `run` would.
     """
@@ -27,6 +27,8 @@ def check(config: Config, console: Console) -> int:
             highlight=False,
             markup=False,
         )
+    if not connect:
+        return 0
     with ThreadPoolExecutor(max_workers=min(_MAX_AT_ONCE, len(config.streams))) as pool:
         findings = pool.map(lambda name: _check_stream(name, pipeline), config.streams)
         exit_code = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import sys
@@ -18,6 +19,7 @@ from streamd.eval_command import evaluate
 from streamd.hard_end import end_within
 from streamd.import_commands import import_app, read_labels
 from streamd.key_commands import keys_app
+from streamd.service_commands import service_app
 from streamd.train_commands import data_app, train
 
 EXIT_CODES = """
@@ -40,6 +42,7 @@ config_app = typer.Typer(help="About configuration files.", no_args_is_help=True
 app.add_typer(config_app, name="config")
 app.add_typer(import_app, name="import")
 app.add_typer(data_app, name="data")
+app.add_typer(service_app, name="service")
 app.command()(train)
 app.command("eval")(evaluate)
 app.add_typer(keys_app, name="keys")
@@ -101,6 +104,8 @@ def run(config: ConfigPath, log_level: LogLevel = "info") -> None:
     from streamd.config_file import load
 
     logs.set_up(log_level)
+    if not faulthandler.is_enabled():  # where every thread was when a watchdog, or a library's fault, ends the process
+        faulthandler.enable()
     tree = load(config)
     gc.disable()  # what modules make stays: looking for garbage in it takes 0.4 s of the start
     from streamd.daemon import Daemon
@@ -113,21 +118,31 @@ def run(config: ConfigPath, log_level: LogLevel = "info") -> None:
 
 
 @app.command()
-def check(config: ConfigPath, log_level: LogLevel = "error") -> None:
+def check(
+    config: ConfigPath,
+    up_to: Annotated[
+        Literal["config", "models", "streams"],
+        typer.Option(help="How far: read the file; load its models too; connect its streams as well."),
+    ] = "streams",
+    log_level: LogLevel = "error",
+) -> None:
     """Do what `run` does, up to the first frame of each stream: one line for each model and stream.
 
     Exits with 78 if the file or a model is wrong, and with 1 if a stream gives no frame.
 
-    Example: streamd check cameras.yaml
+    Example: streamd check cameras.yaml --up-to models
     """
     from streamd import logs
     from streamd.config_file import load
 
     logs.set_up(log_level)
     tree = load(config)
+    if up_to == "config":
+        print(f"ok    {config}: {len(tree.models)} models, {len(tree.streams)} streams")
+        return
     from streamd.check import check as check_config
 
-    raise SystemExit(check_config(tree, Console()))
+    raise SystemExit(check_config(tree, Console(), connect=up_to == "streams"))
 
 
 @app.command()

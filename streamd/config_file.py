@@ -144,7 +144,7 @@ def _look_up(name: str, folder: Path) -> str:
         if not name or name not in os.environ:
             raise ConfigError(f"${{{name}}}: the environment variable {name} is not set")
         return os.environ[name]
-    path = folder / name.removeprefix("file:")
+    path = _find(name.removeprefix("file:"), folder)
     try:
         with path.open("rb") as file:
             data = file.read(_MAX_SECRET_BYTES + 1)
@@ -191,6 +191,16 @@ def _register_secrets(config: Config) -> None:
             register_secret(config.publish.redis.sentinel_password.get_secret_value())
     if config.publish.zeromq and config.publish.zeromq.curve:
         register_secret(config.publish.zeromq.curve.secret_key.get_secret_value())
+
+
+def _find(path: str, folder: Path) -> Path:
+    """Say where a file that holds a secret is: among the credentials that systemd gives, or at `path`.
+
+    LoadCredential=credentials:/etc/streamd/credentials gives what is in credentials/gate as `credentials_gate`.
+    """
+    given = os.environ.get("CREDENTIALS_DIRECTORY")
+    credential = Path(given, path.replace("/", "_")) if given and not path.startswith("/") else None
+    return credential if credential and credential.is_file() else folder / path
 
 
 def _cross_checks(written: Any, merged: Any) -> Iterator[Problem]:
@@ -256,6 +266,7 @@ def _with_absolute_paths(config: Config, folder: Path) -> Config:
         publish = publish.model_copy(update={"spool": spool})
     if publish.redis is not None:
         names = ("ca_file", "cert_file", "key_file")
-        files = {name: absolute(path) for name in names if (path := getattr(publish.redis, name)) is not None}
+        written = {name: path for name in names if (path := getattr(publish.redis, name)) is not None}
+        files = {name: absolute(str(_find(path, folder))) for name, path in written.items()}
         publish = publish.model_copy(update={"redis": publish.redis.model_copy(update=files)})
     return config.model_copy(update={"models": models, "streams": streams, "publish": publish})

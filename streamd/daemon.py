@@ -32,7 +32,7 @@ from streamd.hard_end import ending_within
 from streamd.lane import Lane
 from streamd.metrics.collector import Observed
 from streamd.metrics.exporter import Exporter
-from streamd.notify import Notifier
+from streamd.notify import Notifier, watchdog_s
 from streamd.pipeline import Pipeline
 from streamd.publishers import Publishers
 from streamd.reload import Reloader
@@ -63,6 +63,11 @@ class Daemon:
         self._announcer = Announcer(config.publish.format, self._publishers.outlets)
         self._announcer.store(config.stored_streams)
         self._observed = Observed(self._announcer, lambda: self._publishers.all, lambda: self._publishers.stored)
+        watchdog = watchdog_s()
+        self._round_s = _STATUS_INTERVAL_S
+        if watchdog:  # a loop that hangs is then known before the manager gives up, and two pings may come late
+            self._observed.stuck_after_s = watchdog / 2
+            self._round_s = min(_STATUS_INTERVAL_S, watchdog / 4)
         self._exporter = Exporter(config.metrics.listen, self._observed)
         self._reloader = Reloader(config, path, self._follow, self._notifier, self._on_crash, self._replaced)
         self._control = self._make_control(is_service=path is not None)
@@ -118,21 +123,27 @@ class Daemon:
         """Repeat states and summaries until somebody asks to stop."""
         next_summary_s = time.monotonic() + self._config.metrics.log_interval_s
         summary = _Summary(self._announcer, self._publishers)
+        was_stuck = False
         while self._has_time():
             self._look_after(pipeline)
             for status in pipeline.statuses():
                 self._announcer.status(status)
             num_streams = len(self._config.streams)
             # Without it systemd ends a daemon whose model or publisher hangs, and starts it again.
-            alive = () if self._observed.stuck() else ("WATCHDOG=1",)
-            self._notifier.send(f"STATUS={pipeline.num_running} of {num_streams} streams running", *alive)
+            stuck = self._observed.stuck()
+            alive = () if stuck else ("WATCHDOG=1",)
+            running = f"{pipeline.num_running} of {num_streams} streams running"
+            self._notifier.send("STATUS=" + "; ".join((running, *stuck)), *alive)
+            if stuck and not was_stuck:
+                logger.error("stuck: %s", "; ".join(stuck))
+            was_stuck = bool(stuck)
             if time.monotonic() >= next_summary_s:
                 next_summary_s += self._config.metrics.log_interval_s
                 logger.info("%s, %d of %d streams running", summary, pipeline.num_running, num_streams)
 
     def _has_time(self) -> bool:
         """Wait until the next round of the main loop; False when somebody asked to stop."""
-        next_round_s = time.monotonic() + _STATUS_INTERVAL_S
+        next_round_s = time.monotonic() + self._round_s
         while self._stop_reason is None and (left_s := next_round_s - time.monotonic()) > 0:
             with suppress(queue.Empty):
                 if self._asked.get(timeout=left_s) == "reload":

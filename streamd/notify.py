@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 
 _TIMEOUT_S = 0.5  # a manager that does not read must not stop the service
+
+
+def watchdog_s(environment: Mapping[str, str] = os.environ) -> float | None:
+    """Say after how long without WATCHDOG=1 the manager ends this process; None where it never does."""
+    text = environment.get("WATCHDOG_USEC", "")
+    is_ours = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    return int(text) / 1e6 if text.isdecimal() and int(text) and is_ours else None
 
 
 class Notifier:

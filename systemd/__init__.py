@@ -1,1 +1,1 @@
-"""Units for systemd, as package data: `importlib.resources.files("streamd.systemd")`."""
+"""Units, users and folders for systemd, as package data: `importlib.resources.files("streamd.systemd")`."""

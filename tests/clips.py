@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,6 +24,12 @@ def drawing(index: int, size: tuple[int, int]) -> np.ndarray:
     return picture
 
 
+def white(index: int, size: tuple[int, int]) -> np.ndarray:
+    """Draw nothing, on white: RGB [H, W, 3]."""
+    width, height = size
+    return np.full((height, width, 3), 255, np.uint8)
+
+
 def write_clip(
     path: Path,
     num_frames: int = 10,
@@ -36,6 +42,7 @@ def write_clip(
     b_frames: int = 0,
     options: Mapping[str, str] | None = None,
     container: str | None = None,
+    draw: Callable[[int, tuple[int, int]], np.ndarray] = drawing,
 ) -> Path:
     """Encode `num_frames` drawings; `size` is width and height in pixels."""
     with av.open(str(path), "w", format=container) as output:
@@ -50,7 +57,7 @@ def write_clip(
         if codec == "libx265":  # with its own threads and B-frames the muxer once refused a packet
             stream.options |= {"x265-params": "log-level=none:bframes=0:frame-threads=1:pools=none"}
         for index in range(num_frames):
-            frame = av.VideoFrame.from_ndarray(drawing(index, size), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(draw(index, size), format="rgb24")
             encode_frame(output, stream, frame, index, fps)
         output.mux(stream.encode(None))
     return path

@@ -4,7 +4,7 @@ set -eu
 
 if [ $# -eq 0 ]; then
     set -- redis-server python3-gi gir1.2-gst-rtsp-server-1.0 \
-        gstreamer1.0-plugins-base gstreamer1.0-plugins-good gstreamer1.0-plugins-bad g++
+        gstreamer1.0-plugins-base gstreamer1.0-plugins-good gstreamer1.0-plugins-bad g++ systemd-container
 fi
 
 if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then

@@ -224,6 +224,16 @@ def test_check_says_one_line_for_each_model_and_stream(streamd: Streamd, model: 
     assert lines["gate"].startswith("FAIL  stream gate: unreachable: the connection was refused")
 
 
+def test_check_stops_where_it_is_told(streamd: Streamd, model: Path, tmp_path: Path) -> None:
+    gone = {"gone": {"url": "gone.mp4"}}
+    config = write_config(tmp_path, model, gone)
+    assert streamd("check", config, "--up-to", "models").out == "ok    model m: tiny, detect, 2 labels, on cpu\n"
+    config = write_config(tmp_path, tmp_path / "missing.pt", gone)
+    assert streamd("check", config, "--up-to", "models").code == 78
+    ended = streamd("check", config, "--up-to", "config")
+    assert (ended.code, ended.out) == (0, f"ok    {config}: 1 models, 1 streams\n")
+
+
 @pytest.mark.parametrize(
     ("err", "code"),
     [

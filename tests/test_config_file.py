@@ -260,6 +260,33 @@ def test_secrets_come_from_the_environment_and_from_files(secret_config: Config)
     assert urls == {"gate": "rtsp://viewer:hunter22@camera/1", "yard": "rtsp://viewer:t%40ken$1@camera/1"}
 
 
+def test_a_credential_of_systemd_comes_before_the_file_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoadCredential=credentials:FOLDER names each file of the folder credentials_FILE."""
+    given = tmp_path / "given"
+    for folder in (given, tmp_path / "credentials"):
+        folder.mkdir()
+    (tmp_path / "credentials" / "gate").write_text("by-hand")
+    text = """
+        models: {m: {path: m.pt}}
+        streams: {gate: {url: "rtsp://u:${file:credentials/gate}@192.0.2.1/1"}}
+        publish: {redis: {url: "rediss://localhost", cert_file: redis.crt, key_file: credentials/redis.key}}
+    """
+    path = tmp_path / "streamd.yaml"
+
+    def found() -> tuple[str, str | None]:
+        config = parse(textwrap.dedent(text), path)
+        assert config.publish.redis is not None and config.publish.redis.cert_file == str(tmp_path / "redis.crt")
+        return config.streams["gate"].url.get_secret_value(), config.publish.redis.key_file
+
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(given))
+    assert found() == ("rtsp://u:by-hand@192.0.2.1/1", str(tmp_path / "credentials" / "redis.key"))
+    (given / "credentials_gate").write_text("by-systemd\n")
+    (given / "credentials_redis.key").touch()
+    assert found() == ("rtsp://u:by-systemd@192.0.2.1/1", str(given / "credentials_redis.key"))
+
+
 def test_no_representation_of_the_configuration_shows_a_secret(secret_config: Config) -> None:
     shown = [repr(secret_config), str(secret_config), f"{secret_config!r}"]
     streams = list(secret_config.streams.values())

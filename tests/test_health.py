@@ -36,6 +36,7 @@ def test_a_batch_that_never_ends_is_named() -> None:
     clock.advance(1)
     (line,) = stuck_loops([meter], [])
     assert "people" in line and "31 s" in line
+    assert not list(stuck_loops([meter], [], after_s=32))
 
 
 def test_the_oldest_of_several_batches_counts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 import uuid
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from streamd.notify import Notifier
+from streamd.notify import Notifier, watchdog_s
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -60,3 +61,18 @@ def test_a_service_manager_that_reads_nothing_does_not_stop_the_service(manager:
     started = time.monotonic()
     Notifier(address).send("WATCHDOG=1")
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("environment", "seconds"),
+    [
+        ({"WATCHDOG_USEC": "60000000", "WATCHDOG_PID": str(os.getpid())}, 60.0),
+        ({"WATCHDOG_USEC": "2500000"}, 2.5),
+        ({"WATCHDOG_USEC": "60000000", "WATCHDOG_PID": "1"}, None),  # of the process that started this one
+        ({"WATCHDOG_USEC": "soon"}, None),
+        ({"WATCHDOG_USEC": "0"}, None),
+        ({}, None),
+    ],
+)
+def test_the_watchdogs_patience_is_known(environment: dict[str, str], seconds: float | None) -> None:
+    assert watchdog_s(environment) == seconds

@@ -79,7 +79,7 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:
         if not any(mark in str(file.relative_to(ROOT)) for mark in NOT_SHIPPED)
     }
     assert set(files_of(wheel)) == expected
-    assert "streamd/configs/media/pedestrians.mp4" in expected
+    assert {"streamd/configs/media/pedestrians.mp4", "streamd/systemd/streamd@.service"} <= expected
 
 
 def test_the_wheel_states_licence_and_notice(wheel: Path) -> None:

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 
 from streamd import __version__
 from streamd.messages import Clock, StreamState
-from streamd.metrics.health import stuck_loops
+from streamd.metrics.health import STUCK_AFTER_S, stuck_loops
 from streamd.metrics.histogram import Histogram
 from streamd.metrics.readings import LaneMeter, ModelReading, StreamReading
 from streamd.publish import Counted
@@ -70,10 +70,12 @@ class Observed:
     stored: Callable[[], Sequence[StoredView]] = tuple  # the publishers that have a spool
     pipeline: Pipeline | None = field(default=None)  # None while the models load
     ready: bool = False  # from READY=1 until the daemon stops
+    stuck_after_s: float = STUCK_AFTER_S
 
     def stuck(self) -> list[str]:
         """Name the loops that hang: what /healthz says, and what a watchdog goes by."""
-        return list(stuck_loops(self.pipeline.meters() if self.pipeline else [], self.publishers()))
+        meters = self.pipeline.meters() if self.pipeline else []
+        return list(stuck_loops(meters, self.publishers(), self.stuck_after_s))
 
 
 class DaemonCollector(Collector):

@@ -20,14 +20,17 @@ class Sending(Protocol):
     def sending_for_s(self) -> float: ...
 
 
-def stuck_loops(meters: Iterable[LaneMeter], publishers: Iterable[Sending]) -> Iterator[str]:
-    """Name each loop whose present piece of work has held it for too long. A loop that waits for work is well.
+def stuck_loops(
+    meters: Iterable[LaneMeter], publishers: Iterable[Sending], after_s: float = STUCK_AFTER_S
+) -> Iterator[str]:
+    """Name each loop whose present piece of work has held it for longer than `after_s`.
 
-    A camera or a Redis that is away is not the process's illness: both have series of their own.
+    A loop that waits for work is well. A camera or a Redis that is away is not the process's illness: both have series
+    of their own.
     """
     for meter in meters:
-        if meter.busy_for_s > STUCK_AFTER_S:
+        if meter.busy_for_s > after_s:
             yield f"model {meter.model} on {meter.device}: one batch for {meter.busy_for_s:.0f} s"
     for publisher in publishers:
-        if publisher.sending_for_s > STUCK_AFTER_S:
+        if publisher.sending_for_s > after_s:
             yield f"{publisher.name}: one send for {publisher.sending_for_s:.0f} s"
