@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 
 _TIMEOUT_S = 0.5  # a manager that does not read must not stop the service
 
@@ -17,21 +19,21 @@ def watchdog_s(environment: Mapping[str, str] = os.environ) -> float | None:
 
 
 class Notifier:
-    """Send state lines to the service manager; silent where there is none."""
+    """Send state lines to the service manager; silent where there is none.
+
+    Its socket is there from the start: a daemon that may open no more files must not miss its watchdog.
+    """
 
     def __init__(self, address: str | None = None) -> None:
         """`address` is that of $NOTIFY_SOCKET by default; an abstract one begins with '@'."""
-        self._address = os.environ.get("NOTIFY_SOCKET", "") if address is None else address
+        address = os.environ.get("NOTIFY_SOCKET", "") if address is None else address
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._socket.settimeout(_TIMEOUT_S)
+        weakref.finalize(self, self._socket.close)
 
     def send(self, *lines: str) -> None:
         """Send for example "READY=1" and "STATUS=..." as one message; a manager that is gone or stuck is no error."""
-        if not self._address:
-            return
-        address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            sock.settimeout(_TIMEOUT_S)
-            try:
-                sock.connect(address)
-                sock.sendall("\n".join(lines).encode())
-            except OSError:
-                pass
+        if self._address:
+            with suppress(OSError):
+                self._socket.sendto("\n".join(lines).encode(), self._address)

@@ -7,12 +7,12 @@ Supervisor threads --Frame--> Batcher --frames--> Runner --detections--> InOrder
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from os import PRIO_PROCESS, setpriority
 
 import torch
 
@@ -31,6 +31,7 @@ from streamd.metrics.readings import LaneMeter, ModelReading, StreamReading
 from streamd.model_file import is_replaced
 from streamd.models.spec import ModelSpec
 from streamd.redact import register_url
+from streamd.room import require_room
 from streamd.sources import Source, SourceOptions, Timeline, Transport, open_source
 from streamd.stream import Stream
 from streamd.swap import OnFailure, Swaps
@@ -38,6 +39,8 @@ from streamd.thread_names import name_thread
 
 logger = logging.getLogger(__name__)
 
+_ROOM_FOR_A_MODEL = 2 * (os.cpu_count() or 1) + 8, 32  # threads and descriptors: measuring, workers, its file
+_THREAD_RETRY_S = 5.0  # the interval of `look_after`
 _LEAVE_S = 2.0  # for a stream that is removed; a camera that hangs ends later, by its time-out
 _DECODER_NICENESS = 5  # stream threads yield to the model's: a late frame costs one frame, a late model costs all
 
@@ -240,6 +243,8 @@ class Pipeline:
             raise ModelError(f"not enough GPU memory for {wanted} beside the models at work: {err}") from err
 
     def _prepare(self, config: Config, changes: Changes) -> Prepared:
+        if changes.models.added or changes.models.changed:
+            require_room(*_ROOM_FOR_A_MODEL)
         unchanged = {name: lanes for name, lanes in self._lanes.items() if name not in changes.models.changed}
         lanes = load(config, unchanged, self._in_order)
         self._examine_devices(lanes)
@@ -291,10 +296,11 @@ class Pipeline:
         self._say(name, f"the model {name} was rolled back: {why}")
 
     def look_after(self) -> None:
-        """End the probations that are over, and ask each GPU whether it is there; every few seconds.
+        """Start the streams that had no thread, end the probations that are over, and ask each GPU whether it is there.
 
-        Raises what says that a GPU is lost.
+        Every few seconds, while no change is made. Raises what says that a GPU is lost.
         """
+        self._start_again()
         before = self._swaps.standing_by
         self._swaps.settle(self.lanes)
         for lane in {*before} - {*self._swaps.standing_by}:
@@ -377,11 +383,23 @@ class Pipeline:
         return Stream(name, config, lane, connect, self._tell, retry=self._retry)
 
     def _start_stream(self, stream: Stream) -> None:
+        stream.is_started = True
         # Daemon threads only so that a camera that hangs in FFmpeg cannot keep a stopped process alive.
         stream.thread = threading.Thread(
             target=self._guarded, args=(lambda: self._run_stream(stream),), name=f"stream {stream.name}", daemon=True
         )
-        stream.thread.start()
+        try:
+            stream.thread.start()
+        except RuntimeError:
+            stream.thread = None
+            reason = "no more threads can be had; raise the limit (TasksMax= or `ulimit -u`)"
+            stream.supervisor.note_failure(SourceError(reason), retry_in_s=_THREAD_RETRY_S)
+
+    def _start_again(self) -> None:
+        """Try to start the streams for which there was no thread."""
+        for stream in self._streams.values():
+            if stream.is_started and stream.thread is None:
+                self._start_stream(stream)
 
     def _move(self, stream: Stream) -> bool:
         """Send a stream's frames to its new model; False where that is on another device, so that it must reconnect."""
@@ -403,7 +421,7 @@ class Pipeline:
 
     def _run_stream(self, stream: Stream) -> None:
         with suppress(OSError):  # not allowed in some containers; then they compete
-            setpriority(PRIO_PROCESS, threading.get_native_id(), _DECODER_NICENESS)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _DECODER_NICENESS)
         stream.supervisor.run()
         stream.has_ended = True
         self._note_end()

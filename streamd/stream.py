@@ -47,7 +47,8 @@ class Stream:
             hand_over=self.offer,
             on_status=lambda status: on_status(self, status),
         )
-        self.thread: threading.Thread | None = None
+        self.is_started = False
+        self.thread: threading.Thread | None = None  # none yet, or none could be had
 
     @property
     def status(self) -> Status:

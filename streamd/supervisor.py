@@ -119,6 +119,11 @@ class Supervisor:
             newest_age_s=None if newest_s is None else self._clock() - newest_s,
         )
 
+    def note_failure(self, err: SourceError, retry_in_s: float) -> None:
+        """Say that the stream could not be run at all; who calls this tries again."""
+        self._num_failures[err.state] += 1
+        self._enter(StreamState(err.state), str(err), retry_in_s=retry_in_s)
+
     def stop(self) -> None:
         """Ask the thread to end; it does within the read time-out at the latest."""
         self._stop.set()

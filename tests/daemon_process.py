@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,7 +23,15 @@ STOPPED_WITHIN_S = 15.0
 class DaemonProcess:
     """`with DaemonProcess(tmp_path, config) as daemon`: started and ready; stopped at the end."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        environment: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> None:
+        """`prefix` is a command that runs the daemon's."""
+        self._prefix = prefix
         self._folder = folder
         self._environment = environment or {}
         self.config_path = folder / "streamd.yaml"
@@ -54,7 +63,7 @@ class DaemonProcess:
         self._socket.bind(str(address))
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "streamd", "run", str(self.config_path)],
+                [*self._prefix, sys.executable, "-m", "streamd", "run", str(self.config_path)],
                 cwd=ROOT,
                 env={**os.environ, "NOTIFY_SOCKET": str(address), **self._environment},
                 stdout=log,

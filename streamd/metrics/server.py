@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 _MAX_REQUESTS = 8  # at once; more are hung up on, so that no client can take the daemon's threads and memory
 _READ_TIMEOUT_S = 5.0
+_PAUSE_S = 0.2  # after a connection that could not be taken
 _SOCKET_MODE = 0o660  # the daemon's user and group
 
 
@@ -79,6 +80,7 @@ class _Server(ThreadingMixIn, TCPServer):
     def __init__(self, endpoint: Endpoint, pages: Pages) -> None:
         self.pages = pages
         self._room = threading.BoundedSemaphore(_MAX_REQUESTS)
+        self._pause = threading.Event()  # never set
         self._endpoint = endpoint
         self._owns_path = False
         if endpoint.path:
@@ -113,8 +115,18 @@ class _Server(ThreadingMixIn, TCPServer):
             return
         try:
             super().process_request(request, client_address)
+        except RuntimeError:  # no more threads can be had
+            self._room.release()
+            self.shutdown_request(request)
         except BaseException:
             self._room.release()
+            raise
+
+    def get_request(self) -> tuple[Any, Any]:
+        try:
+            return super().get_request()
+        except OSError:  # no more files can be opened: whoever connects waits, and may not keep this thread busy
+            self._pause.wait(_PAUSE_S)
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:

@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from streamd.backoff import Backoff
-from streamd.errors import PublishError
+from streamd.errors import PublishError, StreamdError
 from streamd.publish import REPORT_INTERVAL_S, Outgoing
 from streamd.publish.retries import Retries
 from streamd.publish.spool import Entry, Spool
+from streamd.room import require_room
 from streamd.thread_names import name_thread
 
 logger = logging.getLogger(__name__)
@@ -134,6 +135,10 @@ class StoredPublisher:
     def start(self) -> None:
         """Start; raise PublishError where the URL is wrong. A disk that fails is no reason: it may come back."""
         self._store.open()
+        try:
+            require_room(2, 0)
+        except StreamdError as err:
+            raise PublishError(f"{self.name}: {err}") from err
         self._writer.start()
         self._sender.start()
 

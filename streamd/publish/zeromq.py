@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 
 import zmq
 
-from streamd.errors import PublishError
+from streamd.errors import PublishError, StreamdError
 from streamd.publish import Outgoing
 from streamd.publish.gatekeeper import Gatekeeper
+from streamd.room import require_room
 from streamd.wire import topic
 
 LINGER_MS = 1000
 MAX_INCOMING_BYTES = 4096  # of a subscription, which is a topic; libzmq hangs up on who sends more
+_NUM_THREADS, _NUM_DESCRIPTORS = 3, 16  # of a context; libzmq aborts the process where it cannot have them
 _ZAP_DOMAIN = b"streamd"
 
 _ADVICE = {
@@ -91,6 +93,10 @@ class ZeroMqSink:
             self._must_reopen = True
 
     def _open(self) -> None:
+        try:
+            require_room(_NUM_THREADS, _NUM_DESCRIPTORS)
+        except StreamdError as err:
+            raise PublishError(f"cannot publish on {self._bind}: {err}") from err
         self._context = zmq.Context()
         if self._gatekeeper:
             self._gatekeeper.open(self._context)

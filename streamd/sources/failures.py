@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Sequence
 
@@ -24,6 +25,8 @@ _MEANINGS = {
 
 def open_error(err: Exception, options: SourceOptions, waited_s: float, said: Said) -> SourceError:
     """Translate what opening raised."""
+    if getattr(err, "errno", None) in (errno.EMFILE, errno.ENFILE):
+        return SourceError("no more files can be opened; raise the limit (LimitNOFILE= or `ulimit -n`)")
     if isinstance(err, av.error.HTTPUnauthorizedError):
         return SourceError("the camera refuses the user name or password (401)", "unauthorized", permanent=True)
     if isinstance(err, av.error.HTTPForbiddenError):
