@@ -39,6 +39,8 @@ class InOrder:
                 next(entry for entry in expected if entry.frame == _key(result.frame)).result = result
                 while expected and expected[0].result is not None:
                     self._deliver(expected.popleft().result)  # type: ignore[arg-type]
+                if not expected:
+                    del self._expected[result.frame.stream]  # it may never come again
 
 
 def _key(frame: Frame) -> tuple[int, int]:

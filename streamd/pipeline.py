@@ -378,7 +378,8 @@ class Pipeline:
         config = self._config.streams[name]
         lanes = self._lanes[self._config.model_of(name)]
         lane = min(lanes, key=lambda lane: sum(stream.lane is lane for stream in others.values()))
-        timeline = self._timelines.setdefault(name, Timeline())
+        # One of its own, which counts on: a camera that hung when it was removed may still have the one before.
+        timeline = self._timelines[name] = Timeline(self._timelines[name].epoch if name in self._timelines else -1)
         connect = connector(name, config, self._decoders[lane.model.device], timeline)
         return Stream(name, config, lane, connect, self._tell, retry=self._retry)
 

@@ -154,6 +154,28 @@ def test_a_batch_is_sent_when_the_slowest_camera_is_late() -> None:
     assert 0.04 < time.monotonic() - started < 5.0
 
 
+def test_of_64_streams_one_that_is_slow_does_not_hold_the_others_beyond_the_deadline() -> None:
+    clock, taken = FakeClock(), list[list[tuple[str, int]]]()
+    batcher = Batcher(clock=clock)
+    cameras = [f"cam{index}" for index in range(64)]
+    for camera in cameras:
+        batcher.add(camera)
+
+    def take_twice() -> None:
+        taken.extend(names(batcher.take(64, LONG_S)) for _ in range(2))
+
+    with running(take_twice):
+        for round in range(2):
+            for camera in cameras[1:]:
+                batcher.offer(make_frame(camera, round))
+            wait_until(lambda: num_waiting(batcher) == 1)
+            assert len(taken) == round, "it waits for the slow one, but no longer than it may"
+            clock.advance(LONG_S)
+            batcher.offer(make_frame(cameras[1], round))  # wakes the worker, to look at the told clock
+            wait_until(lambda round=round: len(taken) == round + 1)  # type: ignore[misc]
+    assert [sorted(batch) for batch in taken] == [sorted((camera, round) for camera in cameras[1:]) for round in (0, 1)]
+
+
 def test_the_wait_for_more_is_measured_from_its_begin_however_many_frames_come() -> None:
     clock, taken = FakeClock(), list[Frame]()
     batcher = Batcher(clock=clock)

@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.video.stream import VideoStream
 
 from streamd.decode import Decoder, dali
 from streamd.decode.dali import DaliDecoder, GopMode, as_bt709
@@ -112,6 +113,24 @@ def test_frames_are_those_of_the_software_decoder(
         assert test.runner.num_chunks == (20 if codec == "mjpeg" else 3)
     assert all(frame.picture.layout == "rgb" for frame in frames)
     assert_same(frames, in_software(clip))
+
+
+@pytest.mark.parametrize("mode", [FILE, LIVE], ids=["file", "live"])
+def test_a_resolution_that_changes_in_mid_stream_changes_the_frames(tmp_path: Path, mode: GopMode) -> None:
+    small = write_clip(tmp_path / "small.h264", 10, size=(64, 48)).read_bytes()
+    large = write_clip(tmp_path / "large.h264", 10, size=(128, 96)).read_bytes()
+    (tmp_path / "both.h264").write_bytes(small + large + small)
+    with packets_of(tmp_path / "both.h264") as (source, packets), bench(source, mode) as test:
+        timed = [replace(packet, data=_at(packet.data, index)) for index, packet in enumerate(packets)]
+        frames = feed(test.decoder, timed)
+        assert test.heirs == [] and test.runner.num_chunks == 4, "the last two are the first two again"
+    assert [(frame.width, frame.height) for frame in frames] == [(64, 48)] * 10 + [(128, 96)] * 10 + [(64, 48)] * 10
+
+
+def _at(data: av.Packet[VideoStream], index: int) -> av.Packet[VideoStream]:
+    """Give a bare stream's packet the presentation time that a camera's has."""
+    data.pts = index
+    return data
 
 
 @pytest.mark.parametrize("degrees", [90, 180])
