@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.measure import describe_machine
 from benchmarks.scale import report
-from benchmarks.scale.cameras import make_clip
+from benchmarks.scale.cameras import Picture, make_clip
 from benchmarks.scale.messages import SINKS, Load, measure_messages
 from benchmarks.scale.streams import measure_return, measure_streams, read_held
 from streamd import wire
@@ -54,7 +54,7 @@ def test_every_message_is_made_sent_and_weighed(sink: str) -> None:
 
 @pytest.mark.slow
 def test_cameras_are_read_decoded_and_come_back(untrained_artifact: Path, demo_clip: Path, tmp_path: Path) -> None:
-    clip = make_clip(demo_clip, tmp_path, fps=10)
+    clip = make_clip(demo_clip, tmp_path, Picture(640, 360, fps=10, bit_rate="300k"))
     run = measure_streams(untrained_artifact, "decode", clip, num_streams=2, seconds=2)
     assert run.read_share > 0 and run.frames_decoded_per_s > 0
     assert run.cpu_cores > 0 and run.first_message_s <= run.all_streams_s
@@ -64,4 +64,4 @@ def test_cameras_are_read_decoded_and_come_back(untrained_artifact: Path, demo_c
     machine = describe_machine(["streams"], "benchmarks.scale")
     as_json, as_markdown = report.write(machine, [run, back], tables, tmp_path / "found")
     assert json.loads(as_json.read_text())["runs"][0]["num_streams"] == 2
-    assert "| decode, 10 frames/s | 2 |" in as_markdown.read_text()
+    assert "| decode, 640x360 at 10 frames/s" in as_markdown.read_text()

@@ -17,17 +17,21 @@ from rich.console import Console
 from benchmarks.measure import ROOT, describe_machine
 from benchmarks.readers import BenchmarkError
 from benchmarks.scale import report
-from benchmarks.scale.cameras import make_clip
+from benchmarks.scale.cameras import Picture, make_clip
 from benchmarks.scale.messages import LOADS, SINKS, measure_messages
 from benchmarks.scale.streams import Mode, make_model, measure_return, measure_streams
 
 CLIP = ROOT / "configs" / "media" / "pedestrians.mp4"
-FPS = 25
+SMALL = Picture(640, 360, fps=25, bit_rate="500k")
+SLOW = Picture(640, 360, fps=5, bit_rate="200k")
+LARGE = Picture(1920, 1080, fps=25, bit_rate="4M")
 # A machine of two cores decodes no more than this in real time, beside the cameras themselves.
-CASES: tuple[tuple[Mode, int, tuple[int, ...]], ...] = (
-    ("demux", FPS, (1, 10, 50, 100)),
-    ("decode", FPS, (1, 10, 25)),
-    ("decode", 5, (100,)),
+CASES: tuple[tuple[Mode, Picture, tuple[int, ...]], ...] = (
+    ("demux", SMALL, (1, 10, 50, 100)),
+    ("demux", LARGE, (1, 10)),
+    ("decode", SMALL, (1, 10, 25)),
+    ("decode", SLOW, (100,)),
+    ("decode", LARGE, (1, 4)),
 )
 OUTAGES_S = (5.0, 60.0)
 PACKAGES = ("torch", "av", "pyzmq", "redis", "hiredis", "msgspec")
@@ -51,18 +55,19 @@ def streams(
     out: Out = None,
 ) -> None:
     """CPU, memory, threads and descriptors by the number of cameras."""
-    cases = [(mode, fps, number) for mode, fps, numbers in CASES for number in numbers if number <= most]
+    cases = [(mode, picture, number) for mode, picture, numbers in CASES for number in numbers if number <= most]
     found = []
     with tempfile.TemporaryDirectory(prefix="streamd-scale-") as name:
         folder = Path(name)
         model = make_model(folder)
-        clips = {fps: make_clip(CLIP, folder, fps) for _, fps, _ in cases}
+        clips = {picture: make_clip(CLIP, folder, picture) for _, picture, _ in cases}
         for index in range(repeat):
-            for mode, fps, number in cases if index % 2 == 0 else reversed(cases):
-                run = measure_streams(model, mode, clips[fps], number, seconds)
-                found.append((cases.index((mode, fps, number)), run))
+            for case in cases if index % 2 == 0 else reversed(cases):
+                mode, picture, number = case
+                run = measure_streams(model, mode, clips[picture], number, seconds)
+                found.append((cases.index(case), run))
                 say(
-                    f"{mode} of {number} cameras, {fps} frames/s: {run.cpu_percent_per_stream:.2f} % of a core a "
+                    f"{mode} of {number} cameras, {picture}: {run.cpu_percent_per_stream:.2f} % of a core a "
                     f"stream, {run.read_share:.1%} read, {run.held.rss_mib:.0f} MiB"
                 )
     runs = [run for _, run in sorted(found, key=lambda pair: pair[0])]
@@ -79,7 +84,7 @@ def outage(
     runs = []
     with tempfile.TemporaryDirectory(prefix="streamd-scale-") as name:
         folder = Path(name)
-        model, clip = make_model(folder), make_clip(CLIP, folder, FPS)
+        model, clip = make_model(folder), make_clip(CLIP, folder, SMALL)
         for outage_s in OUTAGES_S:
             for _ in range(repeat):
                 run = measure_return(model, clip, cameras, outage_s)

@@ -16,33 +16,44 @@ from benchmarks.measure import ROOT
 from benchmarks.readers import BenchmarkError
 from tests.rtsp import encode_clip
 
-SIZE, GOP_S, CLIP_S = (640, 360), 10, 30
-BIT_RATE = "500k"
+GOP_S = 10
+CLIP_S = 30  # or as long as the source is
 STOP_DEADLINE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Clip:
-    """What every camera sends, over and over."""
+class Picture:
+    """What cameras of one kind send."""
 
-    path: Path
+    width: int
+    height: int
     fps: int
-    kbit_s: float  # as encoded
+    bit_rate: str  # that the encoder is asked for
 
     def __str__(self) -> str:
-        return (
-            f"{SIZE[0]}x{SIZE[1]} at {self.fps} frames/s, H.264, {self.kbit_s:.0f} kbit/s, "
-            f"a key frame every {GOP_S} s, no B-frames"
-        )
+        return f"{self.width}x{self.height} at {self.fps} frames/s"
 
 
-def make_clip(source: Path, folder: Path, fps: int) -> Clip:
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """What every camera sends, over and over: H.264, a key frame every 10 s, no B-frames."""
+
+    path: Path
+    picture: Picture
+    kbit_s: float  # as encoded
+
+
+def make_clip(source: Path, folder: Path, picture: Picture) -> Clip:
     """Encode a video to what the cameras send."""
-    path = folder / f"camera-{fps}.mp4"
-    encode_clip(source, path, fps=fps, size=SIZE, gop=GOP_S * fps, seconds=CLIP_S, options={"b:v": BIT_RATE})
+    path, size, fps = (
+        folder / f"camera-{picture.height}-{picture.fps}.mp4",
+        (picture.width, picture.height),
+        picture.fps,
+    )
+    encode_clip(source, path, fps=fps, size=size, gop=GOP_S * fps, seconds=CLIP_S, options={"b:v": picture.bit_rate})
     with av.open(str(path)) as container:
         sizes = [packet.size for packet in container.demux(video=0) if packet.size]
-    return Clip(path, fps, sum(sizes) * 8e-3 * fps / len(sizes))
+    return Clip(path, picture, sum(sizes) * 8e-3 * fps / len(sizes))
 
 
 class CameraProcess:

@@ -40,13 +40,13 @@ class Line:
 
 def stream_tables(runs: Sequence[Streams]) -> list[Table]:
     """One row for each number of streams, and what one more costs."""
-    by_case = _grouped(runs, lambda run: (run.mode, run.fps, run.num_streams))
+    by_case = _grouped(runs, lambda run: (run.mode, str(run.picture), run.num_streams))
     header = ["", "cameras", "CPU of a stream, % of a core", "streams a core", "of what was sent, read"]
     header += ["threads", "descriptors", "RSS, MiB", "PSS, MiB", "own pages, MiB", "all sent a message after, s"]
     header += ["server, cores", "others, cores"]
     rows = [
         [
-            f"{mode}, {fps} frames/s",
+            f"{mode}, {picture}, {case[0].kbit_s:.0f} kbit/s",
             str(num_streams),
             _span([run.cpu_percent_per_stream for run in case], "{:.2f}"),
             f"{100 / statistics.median(run.cpu_percent_per_stream for run in case):.0f}",
@@ -60,7 +60,7 @@ def stream_tables(runs: Sequence[Streams]) -> list[Table]:
             _span([run.server_cores for run in case], "{:.2f}"),
             _span([run.others_cores for run in case], "{:.2f}"),
         ]
-        for (mode, fps, num_streams), case in by_case.items()
+        for (mode, picture, num_streams), case in by_case.items()
     ]
     return [Table("What so many cameras cost", header, rows), *_one_more(by_case)]
 
@@ -75,19 +75,18 @@ READINGS: Mapping[str, tuple[Callable[[Streams], float], str]] = {
 }
 
 
-def _one_more(by_case: Mapping[tuple[str, int, int], Sequence[Streams]]) -> Iterable[Table]:
-    for (mode, fps), cases in groupby(by_case, key=lambda case: case[:2]):
+def _one_more(by_case: Mapping[tuple[str, str, int], Sequence[Streams]]) -> Iterable[Table]:
+    for (mode, picture), cases in groupby(by_case, key=lambda case: case[:2]):
         numbers = [case[2] for case in cases]
         if len(numbers) < 2:
             continue
         rows = []
         for title, (read, form) in READINGS.items():
-            medians = {
-                float(number): statistics.median(read(run) for run in by_case[mode, fps, number]) for number in numbers
-            }
+            runs_of = {number: by_case[mode, picture, number] for number in numbers}
+            medians = {float(number): statistics.median(map(read, runs)) for number, runs in runs_of.items()}
             line = Line.fit(medians)
             rows.append([title, form.format(line.slope), form.format(line.base)])
-        title = f"{mode}, {fps} frames/s: a line through {', '.join(map(str, numbers))} cameras"
+        title = f"{mode}, {picture}: a line through {', '.join(map(str, numbers))} cameras"
         yield Table(title, ("", "one more stream", "none"), rows)
 
 

@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.measure import Cpu, machine_busy_s, read_cpu
 from benchmarks.readers import BenchmarkError, Subscriber, running
-from benchmarks.scale.cameras import CameraProcess, Clip, cameras
+from benchmarks.scale.cameras import CameraProcess, Clip, Picture, cameras
 from streamd import wire
 from streamd.models import artifact
 from streamd.models.spec import ModelSpec
@@ -49,8 +49,8 @@ class Streams:
     """One run of the daemon with so many cameras; CPU is of the window alone."""
 
     mode: Mode
-    clip: str
-    fps: int
+    picture: Picture
+    kbit_s: float  # of each camera
     num_streams: int
     seconds: float
     first_message_s: float  # from the start of the process
@@ -71,7 +71,7 @@ class Streams:
     @property
     def read_share(self) -> float:
         """How much of what the cameras sent was read."""
-        return self.frames_read_per_s / (self.num_streams * self.fps)
+        return self.frames_read_per_s / (self.num_streams * self.picture.fps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +126,8 @@ def measure_streams(model: Path, mode: Mode, clip: Clip, num_streams: int, secon
     others_s = after.machine_s - before.machine_s - daemon_s - server_s - (after.own_s - before.own_s)
     return Streams(
         mode=mode,
-        clip=str(clip),
-        fps=clip.fps,
+        picture=clip.picture,
+        kbit_s=clip.kbit_s,
         num_streams=num_streams,
         seconds=took_s,
         first_message_s=min(arrivals),
