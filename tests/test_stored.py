@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -224,6 +226,41 @@ def test_a_disk_that_fails_stops_nothing_and_lets_the_messages_go_live(
     assert [outgoing.payload for outgoing in live] == numbers(30)
     assert publisher.num_dropped == 30 and not publisher.healthy
     assert caplog.text.count("cannot use the spool") == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a file system of a mebibyte."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a small file system, for a disk that is really full")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_costs_what_comes_meanwhile_and_nothing_that_was_accepted(
+    store: FakeStore, start: Start, small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.is_away = True
+    live: list[Outgoing] = []
+    publisher = start(path=small_disk / "spool.sqlite", on_disk_failure=live.append)
+    number = 0
+    while not publisher.num_dropped:  # the spool itself fills the disk
+        publisher.put(Outgoing("a", "detections", b"%d " % number + bytes(10_000), stored=True))
+        number += 1
+        wait_until(lambda: publisher.num_accepted + publisher.num_dropped == number)  # noqa: B023
+        assert number < 1000
+    num_accepted = publisher.num_accepted
+    assert num_accepted > 10 and "the disk is full" in caplog.text and not live
+    store.is_away = False
+    wait_until(lambda: publisher.num_sent == num_accepted)
+    assert [int(payload.split()[0]) for payload in store.payloads("a")] == list(range(num_accepted))
+    while publisher.num_sent == num_accepted:  # what was sent leaves the disk, which needs room for a while
+        publisher.put(message("a", 0))
+        time.sleep(0.05)
+    assert caplog.text.count("the disk is full") == 1
 
 
 def test_a_damaged_spool_is_said_and_the_daemon_goes_on(

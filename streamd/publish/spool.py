@@ -31,6 +31,7 @@ CREATE TABLE IF NOT EXISTS entries (
 );
 CREATE INDEX IF NOT EXISTS entries_by_stream ON entries (stream, number);
 """
+_SIDE_FILES = ("-wal", "-shm")
 _DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
@@ -178,6 +179,8 @@ class Spool:
             try:
                 yield self._database or self._open()
             except (sqlite3.Error, OSError) as err:
+                if _kind(err) == sqlite3.SQLITE_FULL and self._has_rolled_back():
+                    raise PublishError(f"cannot write to the spool {self._path}: {_explain(err)}") from err
                 self._disconnect()  # which also rolls back
                 self._next_open = self._clock() + REOPEN_INTERVAL_S
                 self._failure = f"cannot use the spool {self._path}: {_explain(err)}"
@@ -186,6 +189,25 @@ class Spool:
                         self._move_aside(err)
                         self._next_open = float("-inf")
                 raise PublishError(self._failure) from err
+
+    def _has_rolled_back(self) -> bool:
+        """Undo the transaction, so that what is in the file can be read and sent though the disk is full.
+
+        SQLite needs room to delete. Where nothing waits, the whole file goes, with what was sent.
+        """
+        try:
+            if self._database is None:
+                return False
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+        except sqlite3.Error:
+            return False
+        if self._has_garbage and not self._waiting:
+            self._disconnect()
+            for suffix in ("", *_SIDE_FILES):
+                self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+            self._begin_file()
+        return True
 
     def _open(self) -> sqlite3.Connection:
         if self._clock() < self._next_open:
@@ -218,14 +240,16 @@ class Spool:
         if verdict != "ok":
             raise _Damage(verdict)
         database.executescript(_SCHEMA)
-        for stream, number in self._confirmed.items():
-            database.execute("DELETE FROM entries WHERE stream = ? AND number <= ?", (stream, number))
-        self._has_garbage = False
-        counts = database.execute("SELECT stream, COUNT(*), SUM(LENGTH(payload)) FROM entries GROUP BY stream")
+        self._has_garbage = bool(self._confirmed)
         self._waiting, self._num_bytes = {}, 0
-        for stream, num_entries, num_bytes in counts:
-            self._waiting[stream] = num_entries
-            self._num_bytes += num_bytes + num_entries * ENTRY_OVERHEAD_BYTES
+        for (stream,) in database.execute("SELECT DISTINCT stream FROM entries").fetchall():
+            num_entries, num_bytes = database.execute(
+                "SELECT COUNT(*), SUM(LENGTH(payload)) FROM entries WHERE stream = ? AND number > ?",
+                (stream, self._confirmed.get(stream, 0)),
+            ).fetchone()
+            if num_entries:
+                self._waiting[stream] = num_entries
+                self._num_bytes += num_bytes + num_entries * ENTRY_OVERHEAD_BYTES
         return database
 
     def _disconnect(self) -> None:
@@ -238,16 +262,19 @@ class Spool:
         now = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
         aside = self._path.with_name(f"{self._path.name}.damaged-{now}")
         self._path.rename(aside)
-        for suffix in ("-wal", "-shm"):
+        for suffix in _SIDE_FILES:
             with suppress(FileNotFoundError):
                 self._path.with_name(self._path.name + suffix).rename(aside.with_name(aside.name + suffix))
         for old in sorted(self._path.parent.glob(f"{self._path.name}.damaged-*Z"))[:-MAX_DAMAGED_FILES]:
-            for suffix in ("", "-wal", "-shm"):
+            for suffix in ("", *_SIDE_FILES):
                 old.with_name(old.name + suffix).unlink(missing_ok=True)
         lost = sum(self._waiting.values())
         self.num_damaged += lost
         known = f"{lost} entries" if lost else "an unknown number of entries"
         self._notices.append(f"{self._path} is damaged ({err}): moved to {aside} with {known}, and a new one is begun")
+        self._begin_file()
+
+    def _begin_file(self) -> None:
         self._waiting, self._num_bytes, self._confirmed, self._has_garbage = {}, 0, {}, False
         self._num_files += 1
 

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 COMMIT_INTERVAL_S = 0.02  # entries of so long share a commit, which is an fsync
 RETRY_CEILING_S = 5.0
+LOSS_INTERVAL_S = 60.0  # between two lines of the log about what was not stored
 TIDY_INTERVAL_S = 1.0  # confirmed entries are deleted with the next commit, or else after so long
 
 
@@ -311,7 +312,7 @@ class _Complaints:
             self._num_lost += number
             if self._clock() < self._next_loss:
                 return
-            self._next_loss = self._clock() + REPORT_INTERVAL_S
+            self._next_loss = self._clock() + LOSS_INTERVAL_S
             num_lost, self._num_lost = self._num_lost, 0
         logger.warning("%s: %d entries not stored: %s", self._name, num_lost, why)
 
