@@ -63,6 +63,12 @@ def write_clip(
     return path
 
 
+def write_mjpeg(path: Path, num_frames: int = 10, *, size: tuple[int, int] = (64, 48), fps: int = 25) -> Path:
+    """Encode drawings as Motion JPEG with the Huffman tables that RTP takes for granted; of a .mkv or .avi."""
+    options = {"huffman": "default"}
+    return write_clip(path, num_frames, codec="mjpeg", size=size, pixel_format="yuvj420p", fps=fps, options=options)
+
+
 def write_sound(path: Path) -> Path:
     """Write a second of silence."""
     with av.open(str(path), "w") as output:

@@ -326,7 +326,7 @@ class Session(asyncio.Protocol):
             return
         source = random.getrandbits(32)
         if found := re.search(r"interleaved=(\d+)-(\d+)", transport):
-            rtp, rtcp = int(found[1]), int(found[2])
+            rtp, rtcp = (min(255, int(channel)) for channel in found.groups())
             self._tracks[number] = Track(kinds[number], source, channels=(rtp, rtcp))
             agreed = f"RTP/AVP/TCP;unicast;interleaved={rtp}-{rtcp};ssrc={source:08X}"
         elif (found := re.search(r"client_port=(\d+)-(\d+)", transport)) and not self.camera.answers.udp_refused:

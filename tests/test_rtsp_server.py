@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import av
 import av.error
@@ -15,12 +14,11 @@ import numpy as np
 import pytest
 from av.container import InputContainer
 
-from tests.clips import write_clip
+from tests.clips import write_clip, write_mjpeg
 from tests.rtsp_faults import Camera
 from tests.rtsp_server import Cameras, CameraServer
 
 SIZE = (320, 240)
-MJPEG: dict[str, Any] = {"codec": "mjpeg", "pixel_format": "yuvj420p", "options": {"huffman": "default"}}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +28,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "h264": write_clip(folder / "h264.mp4", 20, size=SIZE, fps=50),
         "b_frames": write_clip(folder / "b_frames.mp4", 20, size=SIZE, fps=50, gop=10, b_frames=2),
         "hevc": write_clip(folder / "hevc.mp4", 20, size=SIZE, fps=50, codec="libx265"),
-        "mjpeg": write_clip(folder / "mjpeg.mkv", 20, size=SIZE, fps=50, **MJPEG),
+        "mjpeg": write_mjpeg(folder / "mjpeg.mkv", 20, size=SIZE, fps=50),
     }
 
 

@@ -52,8 +52,10 @@ class _Picture:
 class AccessUnits:
     """Join pieces into access units; one for each connection."""
 
-    def __init__(self, codec: Codec) -> None:
+    def __init__(self, codec: Codec, *, may_repeat: bool = False) -> None:
+        """`may_repeat`: the network may bring a packet twice, and FFmpeg lets the repetition of the last one pass."""
         self._is_hevc = codec == "hevc"
+        self._may_repeat = may_repeat
         self._picture = _Picture()
         self._longest_fragment = 0  # bytes; 0 until a fragmented unit was seen
         self._num_slices = 0  # of the last whole picture
@@ -80,8 +82,8 @@ class AccessUnits:
         """
         picture = self._picture
         completed: list[AccessUnit] | tuple[()] = ()
-        if pts == picture.pts and piece == picture.last_piece:
-            return completed  # a network repeats packets, and FFmpeg lets the repetition of the last one pass
+        if self._may_repeat and pts == picture.pts and piece == picture.last_piece and not _is_filler(piece):
+            return completed
         if pts != picture.pts or (picture.num_slices and self._begins_picture(piece)):
             if picture.pieces:
                 if after_loss:
@@ -179,3 +181,8 @@ class AccessUnits:
         if not head:
             return False
         return head[0] >> 1 & 0x3F in (32, 33) if self._is_hevc else head[0] & 0x1F == 7
+
+
+def _is_filler(piece: bytes) -> bool:
+    """Tell whether a fragment says the same byte all over, so that an equal one beside it is no repetition."""
+    return piece.count(piece[-1:]) > len(piece) - 8

@@ -14,6 +14,7 @@ from streamd.sources.options import SourceOptions
 Said = Sequence[tuple[str, str]]  # what FFmpeg's log says: who, what
 
 _REFUSED = re.compile(r"method ([A-Z_]+) failed: (\d+)")
+_REDIRECTED = re.compile(r"Redirecting to (\S+)")
 _NO_SESSION = ("454", "455", "459")  # what a camera says to PLAY when nothing was set up
 _MEANINGS = {
     "453": "not enough bandwidth, or too many viewers",
@@ -60,6 +61,14 @@ def refusal(said: Said) -> tuple[str, str] | None:
     for _, what in reversed(said):
         if found := _REFUSED.search(what):
             return found[1], found[2]
+    return None
+
+
+def redirection(said: Said) -> str | None:
+    """Return where the camera sent us last."""
+    for _, what in reversed(said):
+        if found := _REDIRECTED.search(what):
+            return found[1]
     return None
 
 

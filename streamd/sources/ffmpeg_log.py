@@ -37,10 +37,10 @@ class FfmpegLog:
 def _listen() -> None:
     """Switch the log on, for the whole process, and keep what nobody collects out of Python's log.
 
-    Only warnings and errors reach Python; FFmpeg's other lines end in C. Nothing here decodes in threads of FFmpeg's
-    own, which could wait for Python's lock while a thread that has it waits for them.
+    Lines for debugging end in C. The daemon's decoders have no threads of their own, which could wait for Python's lock
+    while a thread that has it waits for them.
     """
     if av.logging.get_level() is None:
         logging.getLogger("libav").setLevel(logging.CRITICAL + 1)
-        av.logging.set_level(av.logging.WARNING)
+        av.logging.set_level(av.logging.INFO)  # where redirections are told
     av.logging.set_skip_repeated(False)

@@ -95,3 +95,12 @@ def with_encoded_login(url: str) -> str:
     user, colon, password = login.partition(":")
     encoded = quote(unquote(user), safe="") + colon + quote(unquote(password), safe="")
     return f"{scheme}://{encoded}@{rest[len(login) + 1 :]}"
+
+
+def with_login_of(url: str, target: str) -> str | None:
+    """Put the user and password of a URL into another one of the same host; None where they do not belong there."""
+    own, other = urlsplit(with_encoded_login(url)), urlsplit(target)
+    login, at, _ = own.netloc.rpartition("@")
+    if not at or "@" in other.netloc or own.hostname != other.hostname:
+        return None
+    return f"{other.scheme}://{login}@{target.partition('://')[2]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import cast
 
 import av
@@ -13,9 +14,10 @@ import av.error
 from streamd.errors import SourceError
 from streamd.messages import Packet, Stamp
 from streamd.sources.access_units import AccessUnits, Codec
-from streamd.sources.failures import is_timeout, open_error, reason, refusal
+from streamd.sources.allocation import bound_allocations
+from streamd.sources.failures import Said, is_timeout, open_error, reason, redirection, refusal
 from streamd.sources.ffmpeg_log import FfmpegLog
-from streamd.sources.options import SourceOptions, arguments
+from streamd.sources.options import SourceOptions, arguments, with_login_of
 from streamd.sources.timeline import SenderClock, Timeline
 from streamd.sources.trickle import Trickle
 
@@ -42,16 +44,20 @@ def open_source(options: SourceOptions, timeline: Timeline, transport: Transport
     Blocks for `open_timeout_s` at most. Raises SourceError, whose state says why.
     """
     transport = transport or Transport(options)
+    bound_allocations()
     log = FfmpegLog()
+    said: Said = ()
     started = time.monotonic()
     try:
-        container = _open(options, transport.name, log)
+        try:
+            container = _open(options, transport.name, log)
+        except av.error.FFmpegError as err:
+            said = log.take()
+            options = _amended(options, transport, err, said)
+            container = _open(options, transport.name, log)
     except (av.error.FFmpegError, OSError, ValueError, MemoryError) as err:
-        said = log.take()
-        if transport.name == "udp" and refusal(said) == ("SETUP", "461"):
-            transport.fall_back("the camera refuses UDP (461)")
-            return open_source(options, timeline, transport)
-        raise open_error(err, options, time.monotonic() - started, said) from None  # its text repeats the URL
+        # FFmpeg's own text repeats the URL.
+        raise open_error(err, options, time.monotonic() - started, log.take() or said) from None
     try:
         _check(container, options)
         if options.is_rtsp and time.monotonic() - started >= options.open_timeout_s * 0.99:
@@ -68,6 +74,17 @@ def _open(options: SourceOptions, transport: str, log: FfmpegLog) -> av.containe
     timeouts = (options.open_timeout_s, options.read_timeout_s)
     with log:
         return av.open(url, format=file_format, options=library_options, timeout=timeouts)
+
+
+def _amended(options: SourceOptions, transport: Transport, err: av.error.FFmpegError, said: Said) -> SourceOptions:
+    """Return options with which one more try at once may do; raises the error where none would."""
+    if transport.name == "udp" and refusal(said) == ("SETUP", "461"):
+        transport.fall_back("the camera refuses UDP (461)")
+        return options
+    target = redirection(said)
+    if target and isinstance(err, av.error.HTTPUnauthorizedError) and (url := with_login_of(options.url, target)):
+        return replace(options, url=url)  # FFmpeg leaves the login behind
+    raise err
 
 
 def _check(container: av.container.InputContainer, options: SourceOptions) -> None:
@@ -129,7 +146,8 @@ class Source:
 
     def _joined(self) -> Iterator[Packet]:
         """Join RTP payloads into access units."""
-        units = AccessUnits(cast(Codec, self.video.codec_context.name))
+        codec = cast(Codec, self.video.codec_context.name)
+        units = AccessUnits(codec, may_repeat=self._transport.name == "udp")
         for piece in self._pieces():
             pts = piece.pts
             begins = pts != units.pts
@@ -159,7 +177,7 @@ class Source:
         """Yield what FFmpeg gives, until the end. Raises SourceError."""
         self._last_stamp_s = time.monotonic()
         log = FfmpegLog()
-        pieces = self._container.demux(self.video)
+        pieces = cast("Iterator[av.Packet[av.VideoStream]]", self._container.demux())
         num_pieces = 0
         try:
             while True:
@@ -170,18 +188,30 @@ class Source:
                     return
                 if self._trickle:
                     self._trickle.waited_s += time.monotonic() - asked_s
-                self._lost = any(what.startswith("RTP: missed") for _, what in log.take())
-                if data.size:
+                self._lost |= any(what.startswith("RTP: missed") for _, what in log.take())
+                if data.stream_index != self.video.index:
+                    self._check_for_silence(num_pieces)  # other tracks may go on while the video is silent
+                elif data.size:
                     num_pieces += 1
                     yield data
+                    self._lost = False
         except (av.error.FFmpegError, OSError) as err:
             waited_s = time.monotonic() - self._last_stamp_s
             if is_timeout(err) or waited_s >= self._options.read_timeout_s * 0.99:
-                if self._options.is_rtsp and num_pieces == 0:
-                    raise _silence(self._options, self._transport, waited_s) from None
-                raise SourceError(f"connected, but nothing came for {waited_s:.1f} s", "stalled") from None
+                raise self._silence(num_pieces) from None
             state = "failed" if self._options.is_file else "unreachable"
             raise SourceError(f"reading failed: {reason(err)}", state) from None
+
+    def _check_for_silence(self, num_pieces: int) -> None:
+        silent_s = time.monotonic() - self._last_stamp_s
+        if not self._options.is_file and silent_s > self._options.read_timeout_s:
+            raise self._silence(num_pieces)
+
+    def _silence(self, num_pieces: int) -> SourceError:
+        silent_s = time.monotonic() - self._last_stamp_s
+        if self._options.is_rtsp and num_pieces == 0:
+            return _silence(self._options, self._transport, silent_s)
+        return SourceError(f"connected, but nothing came for {silent_s:.1f} s", "stalled")
 
     def close(self) -> None:
         self._container.close()
