@@ -193,7 +193,7 @@ def test_two_pictures_with_one_time_stay_two(codec: Codec, first: bytes, next_on
 
 
 def test_a_packet_that_the_network_repeats_is_no_picture_of_its_own() -> None:
-    units = AccessUnits("h264")
+    units = AccessUnits("h264", may_repeat=True)
     picture = START_CODE + SLICE + b"\x9a" + b"x" * 20
     out = play(units, [[picture, picture], [START_CODE + SLICE]])
     assert [unit.data for _, unit in out] == [picture]

@@ -26,6 +26,7 @@ from tests.rtsp_server import CameraServer, black_hole
 from tests.stream_watcher import Watcher
 
 HUGE = b"RTSP/1.0 200 OK\r\nCSeq: {CSEQ}\r\nContent-Length: 2000000000\r\n\r\n"
+Scheme = Literal["digest", "basic"]
 PASSWORD = "p@ss:w/ö%rd#1"
 
 
@@ -134,7 +135,9 @@ def test_a_wrong_password_waits_for_the_ceiling_and_is_shown_nowhere(
     caplog.set_level(logging.DEBUG)
     with Watcher(url, backoff=Backoff(base_s=0.05, ceiling_s=600)) as stream:
         refused = stream.wait_for("unauthorized")
-        assert refused.retry_in_s == 600, "each try brings the camera nearer to locking the account"
+        assert refused.retry_in_s is not None and refused.retry_in_s >= 450, (
+            "each try brings the camera nearer to locking the account"
+        )
         assert len(server.events("gate", "DESCRIBE")) <= 2, "one without a password, one with it"
         lines = [RedactingFormatter().format(record) for record in caplog.records]
         assert any("unauthorized" in line for line in lines)

@@ -185,4 +185,4 @@ class AccessUnits:
 
 def _is_filler(piece: bytes) -> bool:
     """Tell whether a fragment says the same byte all over, so that an equal one beside it is no repetition."""
-    return piece.count(piece[-1:]) > len(piece) - 8
+    return not piece.startswith(START_CODE) and piece.count(piece[-1:]) > len(piece) - 8
