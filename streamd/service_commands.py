@@ -118,6 +118,9 @@ def _refuse_hidden(path: Path, config: Config) -> None:
     import streamd
     from streamd.units import hidden
 
+    program = Path(sysconfig.get_path("scripts"), "streamd")
+    if not program.is_file():
+        raise ConfigError(f"there is no {program}: the service needs streamd installed by pip, not run from a checkout")
     programs = {"the program": Path(streamd.__file__), "its Python": Path(sys.executable)}
     if found := list(hidden(path.absolute(), config, programs)):
         raise ConfigError("\n  ".join((f"{path}: this cannot be a service", *found)))

@@ -68,6 +68,12 @@ class Machine:
         show = self.container.show
         return show(UNIT, "NRestarts") == str(num_restarts) and show(UNIT, "ActiveState") == "active"
 
+    def num_spooled(self) -> int:
+        """Count the entries that wait for Redis on the disk."""
+        state = json.loads(self.streamd("status", "--json"))
+        (spool,) = [publisher["spool"] for publisher in state["publishers"] if publisher.get("spool")]
+        return int(spool["entries"])
+
     def logged_at_us(self, words: str) -> int:
         """Say when, on the monotonic clock, the unit's journal first has a line with these words."""
         lines = self.container.run("journalctl", f"--unit={UNIT}", "--output=json", "--no-pager").splitlines()
@@ -175,8 +181,12 @@ def test_a_reload_adds_and_removes_streams_and_the_others_notice_nothing(machine
 
 
 def test_a_killed_daemon_comes_back_and_publishes(machine: Machine, tmp_path: Path) -> None:
+    """The stream whose entries wait for Redis is gone since the reload, so what is in the spool stays as it is."""
+    num_waiting = machine.num_spooled()
+    assert num_waiting > 0
     machine.container.run("kill", "-9", machine.container.show(UNIT, "MainPID"))
     wait_for(lambda: machine.is_active(num_restarts=1), "active again")
+    assert machine.num_spooled() == num_waiting, "what was on disk is still to be sent"
     with machine.watching(tmp_path) as messages:
         wait_for_results(messages, "steady")
 
@@ -227,8 +237,10 @@ def test_stopping_drains_in_time(machine: Machine, tmp_path: Path) -> None:
 
 def test_an_instance_has_its_own_socket_and_state(machine: Machine) -> None:
     north = {**machine.config, "publish": {"zeromq": {"bind": "tcp://127.0.0.1:5556"}}}
-    machine.write({**north, "streams": {"steady": machine.config["streams"]["steady"]}}, "north")
-    said = machine.streamd("service", "install", "/etc/streamd/north.yaml", "--now")
+    streams = {"steady": machine.config["streams"]["steady"], "desk": {"url": "v4l2:///dev/video0"}}
+    machine.write({**north, "streams": streams}, "north")
+    said = machine.streamd("service", "install", "/etc/streamd/north.yaml", "--hardware", "gpu", "--now")
+    assert "cpu.conf" not in said and "streamd@north.service.d/v4l2.conf" in said
     assert "streamd@north.service: active (running)" in said
     assert "steady" in machine.streamd("streams", "list", "--socket", "/run/streamd-north/control.sock")
     assert {"north", "spool.sqlite"} <= {*machine.container.run("ls", "/var/lib/streamd").split()}
