@@ -70,6 +70,13 @@ def main() -> None:
     except BrokenPipeError:  # `streamd watch --json | head` is over
         sys.stderr.close()
         raise SystemExit(0) from None
+    except Exception:  # a bug: its trace may quote a password, as libraries quote their arguments
+        import traceback
+
+        from streamd.redact import redact
+
+        print(redact(traceback.format_exc()), file=sys.stderr, end="")
+        raise SystemExit(1) from None
 
 
 def exit_code_of(err: StreamdError) -> int:
@@ -124,7 +131,7 @@ def check(
         Literal["config", "models", "streams"],
         typer.Option(help="How far: read the file; load its models too; connect its streams as well."),
     ] = "streams",
-    log_level: LogLevel = "error",
+    log_level: LogLevel = "warning",
 ) -> None:
     """Do what `run` does, up to the first frame of each stream: one line for each model and stream.
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from pydantic import SecretStr, ValidationError
 
 from streamd import curve
 from streamd.config import Config, ModelConfig, StreamConfig, is_file_url, with_defaults
 from streamd.errors import ConfigError
+from streamd.exposure import exposures, is_for_everybody, secrets_of
 from streamd.file_errors import Problem, error_of, explain, nearest, read_text, value_at
 from streamd.redact import register_secret, register_url
 from streamd.yaml_tree import Place, YamlTree
+
+logger = logging.getLogger(__name__)
 
 _SUBSTITUTION = re.compile(r"\$\$|\$\{([^}]*)(\}?)")
 _LOGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?P<login>(?:\$\{[^}]*\}|[^/])*)@", re.IGNORECASE)  # of a URL
@@ -30,7 +34,11 @@ def load(path: Path) -> Config:
     Raises ConfigError with every error of the file, each with its line, its place and, for an unknown key,
     the nearest known one. Relative model and file paths are taken from the file's folder.
     """
-    return parse(read_text(path), path)
+    text = read_text(path)
+    config = parse(text, path)
+    for sentence in exposures(config, text, path):
+        logger.warning("%s", sentence)
+    return config
 
 
 def parse(text: str, path: Path) -> Config:
@@ -54,7 +62,9 @@ def parse(text: str, path: Path) -> Config:
     if config is None or problems:
         raise error_of(path, tree, problems, as_written)
     config = _with_absolute_paths(config, path.parent)
-    _register_secrets(config)
+    for secret in secrets_of(config):
+        register_secret(secret)
+        register_secret(unquote(secret))
     return config
 
 
@@ -147,6 +157,8 @@ def _look_up(name: str, folder: Path) -> str:
     path = _find(name.removeprefix("file:"), folder)
     try:
         with path.open("rb") as file:
+            if is_for_everybody(file.fileno()):
+                logger.warning("%s holds a secret and every user of this machine may read it: chmod o-r it", path)
             data = file.read(_MAX_SECRET_BYTES + 1)
         if len(data) > _MAX_SECRET_BYTES:
             raise ConfigError(f"${{{name}}}: {path} is larger than {_MAX_SECRET_BYTES >> 10} KiB; is this a secret?")
@@ -179,18 +191,6 @@ def _with_client_keys(tree: Any, folder: Path, problems: list[Problem]) -> Any:
 
 def _with_value(tree: Any, place: Place, value: object) -> Any:
     return {**tree, place[0]: _with_value(tree[place[0]], place[1:], value)} if place else value
-
-
-def _register_secrets(config: Config) -> None:
-    """Hide what the file says itself; what it takes from elsewhere is hidden since it was read."""
-    for stream in config.streams.values():
-        register_url(stream.url.get_secret_value())
-    if config.publish.redis:
-        register_url(config.publish.redis.url.get_secret_value())
-        if config.publish.redis.sentinel_password:
-            register_secret(config.publish.redis.sentinel_password.get_secret_value())
-    if config.publish.zeromq and config.publish.zeromq.curve:
-        register_secret(config.publish.zeromq.curve.secret_key.get_secret_value())
 
 
 def _find(path: str, folder: Path) -> Path:

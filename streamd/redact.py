@@ -36,12 +36,16 @@ def register_secret(value: str) -> None:
         _secrets_pattern = re.compile("|".join(re.escape(secret) for secret in longest_first))
 
 
+def passwords_in(url: str) -> list[str]:
+    """List the passwords of a URL, as written: that of its login, and those of its query."""
+    found = _URL.match(url)
+    login = [found["password"]] if found else []
+    return login + [query["value"] for query in _QUERY_PASSWORD.finditer(url)]
+
+
 def register_url(url: str) -> None:
     """Register the passwords of a URL, as written and percent-decoded: libraries quote either in their errors."""
-    found = _URL.match(url)
-    passwords = [found["password"]] if found else []
-    passwords += [query["value"] for query in _QUERY_PASSWORD.finditer(url)]
-    for password in passwords:
+    for password in passwords_in(url):
         register_secret(password)
         register_secret(unquote(password))
 
