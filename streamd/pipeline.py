@@ -97,7 +97,7 @@ def connector(
         tls_verify=config.tls_verify,
         ca_file=config.ca_file,
     )
-    transport = Transport(options)
+    transport = Transport(stream, options)
 
     def connect(first_seq: int) -> Connection:
         source = open_source(options, timeline, transport)

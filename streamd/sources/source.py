@@ -29,12 +29,13 @@ _NOPARSE, _NOFILLIN = 0x20, 0x10  # AVFMT_FLAG_...
 class Transport:
     """How a stream's RTP travels; lasts over its connections, so that UDP which does not work is tried once."""
 
-    def __init__(self, options: SourceOptions) -> None:
+    def __init__(self, stream: str, options: SourceOptions) -> None:
+        self._stream = stream
         self.name = options.transport
 
     def fall_back(self, why: str) -> None:
         """Use TCP from now on."""
-        logger.warning("%s; from now on RTP comes by TCP", why)
+        logger.warning("%s: %s; from now on RTP comes by TCP", self._stream, why)
         self.name = "tcp"
 
 
@@ -43,7 +44,7 @@ def open_source(options: SourceOptions, timeline: Timeline, transport: Transport
 
     Blocks for `open_timeout_s` at most. Raises SourceError, whose state says why.
     """
-    transport = transport or Transport(options)
+    transport = transport or Transport("source", options)
     bound_allocations()
     log = FfmpegLog()
     said: Said = ()
@@ -113,12 +114,12 @@ class Source:
         container: av.container.InputContainer,
         options: SourceOptions,
         timeline: Timeline,
-        transport: Transport | None = None,
+        transport: Transport,
     ) -> None:
         self._container = container
         self._options = options
         self._timeline = timeline
-        self._transport = transport or Transport(options)
+        self._transport = transport
         self.video = container.streams.video[0]
         codec = self.video.codec_context.name
         self._joins = options.is_rtsp and codec in ("h264", "hevc")
@@ -204,7 +205,7 @@ class Source:
 
     def _check_for_silence(self, num_pieces: int) -> None:
         silent_s = time.monotonic() - self._last_stamp_s
-        if not self._options.is_file and silent_s > self._options.read_timeout_s:
+        if self._options.is_rtsp and silent_s > self._options.read_timeout_s:
             raise self._silence(num_pieces)
 
     def _silence(self, num_pieces: int) -> SourceError:
