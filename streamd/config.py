@@ -16,6 +16,7 @@ from pydantic.config import JsonDict
 from streamd import curve
 from streamd.addresses import is_local_zeromq
 from streamd.metrics.endpoint import Endpoint
+from streamd.metrics.tls import TlsFiles
 from streamd.redact import redact
 
 Auto = Literal["auto"]
@@ -293,6 +294,9 @@ class MetricsConfig(Section):
 
     log_interval_s: float = Field(60, gt=0, description="Seconds between the summary lines in the log.")
     insecure: bool = Field(False, description="Allow `listen` beyond this machine, with neither password nor TLS.")
+    cert_file: str | None = Field(None, description="TLS: the certificate of these pages.")
+    key_file: str | None = Field(None, description="TLS: the key of cert_file.")
+    client_ca_file: str | None = Field(None, description="TLS: who signs the certificates that clients then need.")
     listen: str | None = Field(
         "auto",
         description="Where /metrics, /healthz and /readyz are: tcp://ADDRESS:PORT, unix:///PATH or null for nowhere; "
@@ -305,12 +309,26 @@ class MetricsConfig(Section):
         if listen in (None, "auto"):
             return listen
         endpoint = Endpoint.parse(listen)
-        if not (endpoint.is_local or info.data.get("insecure")):
+        if not (endpoint.is_local or info.data.get("cert_file") or info.data.get("insecure")):
             raise ValueError(
                 f"{endpoint.host} is reached from other machines, and the exporter has neither password nor TLS; "
-                "use 127.0.0.1 or unix://, or say insecure: true"
+                "give cert_file and key_file, use 127.0.0.1 or unix://, or say insecure: true"
             )
         return listen
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> MetricsConfig:
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file belong together")
+        if self.client_ca_file is not None and self.cert_file is None:
+            raise ValueError("client_ca_file needs cert_file and key_file")
+        return self
+
+    @property
+    def tls(self) -> TlsFiles | None:
+        if self.cert_file is None or self.key_file is None:
+            return None
+        return TlsFiles(self.cert_file, self.key_file, self.client_ca_file)
 
 
 class ControlConfig(Section):

@@ -6,15 +6,15 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 from pydantic import SecretStr, ValidationError
 
 from streamd import curve
-from streamd.config import Config, ModelConfig, StreamConfig, is_file_url, with_defaults
+from streamd.config import Config, ModelConfig, Section, StreamConfig, is_file_url, with_defaults
 from streamd.errors import ConfigError
 from streamd.exposure import exposures, is_for_everybody, secrets_of
 from streamd.file_errors import Problem, error_of, explain, nearest, read_text, value_at
@@ -22,6 +22,8 @@ from streamd.redact import register_secret, register_url
 from streamd.yaml_tree import Place, YamlTree
 
 logger = logging.getLogger(__name__)
+
+S = TypeVar("S", bound=Section)
 
 _SUBSTITUTION = re.compile(r"\$\$|\$\{([^}]*)(\}?)")
 _LOGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?P<login>(?:\$\{[^}]*\}|[^/])*)@", re.IGNORECASE)  # of a URL
@@ -265,8 +267,14 @@ def _with_absolute_paths(config: Config, folder: Path) -> Config:
         spool = publish.spool.model_copy(update={"path": absolute(publish.spool.path)})
         publish = publish.model_copy(update={"spool": spool})
     if publish.redis is not None:
-        names = ("ca_file", "cert_file", "key_file")
-        written = {name: path for name in names if (path := getattr(publish.redis, name)) is not None}
-        files = {name: absolute(str(_find(path, folder))) for name, path in written.items()}
-        publish = publish.model_copy(update={"redis": publish.redis.model_copy(update=files)})
-    return config.model_copy(update={"models": models, "streams": streams, "publish": publish})
+        redis = _with_absolute_files(publish.redis, ("ca_file", "cert_file", "key_file"), folder)
+        publish = publish.model_copy(update={"redis": redis})
+    metrics = _with_absolute_files(config.metrics, ("cert_file", "key_file", "client_ca_file"), folder)
+    return config.model_copy(update={"models": models, "streams": streams, "publish": publish, "metrics": metrics})
+
+
+def _with_absolute_files(section: S, names: Sequence[str], folder: Path) -> S:
+    """Find certificates and keys, which may be credentials of the service manager."""
+    written = {name: path for name in names if (path := getattr(section, name)) is not None}
+    files = {name: (folder / os.path.expanduser(_find(path, folder))).absolute() for name, path in written.items()}
+    return section.model_copy(update={name: str(path) for name, path in files.items()})

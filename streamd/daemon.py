@@ -68,7 +68,7 @@ class Daemon:
         if watchdog:  # a loop that hangs is then known before the manager gives up, and two pings may come late
             self._observed.stuck_after_s = watchdog / 2
             self._round_s = min(_STATUS_INTERVAL_S, watchdog / 4)
-        self._exporter = Exporter(config.metrics.listen, self._observed)
+        self._exporter = Exporter(config.metrics.listen, self._observed, config.metrics.tls)
         self._reloader = Reloader(config, path, self._follow, self._notifier, self._on_crash, self._replaced)
         self._control = self._make_control(is_service=path is not None)
         self._pipeline: Pipeline | None = None  # until it is ready

@@ -6,6 +6,7 @@ import http.client
 import logging
 import os
 import socket
+import ssl
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -14,10 +15,14 @@ from http import HTTPStatus
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from streamd.errors import PublishError
+from streamd.config import MetricsConfig
+from streamd.errors import ConfigError, PublishError
 from streamd.metrics.endpoint import Endpoint
 from streamd.metrics.server import Page, PageServer
+from streamd.metrics.tls import TlsFiles
+from tests.redis_cases import Certificates, make_certificates
 
 TIMEOUT_S = 20.0
 ANY_PORT = Endpoint("127.0.0.1", 0)
@@ -36,8 +41,8 @@ def serve() -> Iterator[Callable[[Endpoint], Endpoint]]:
     """Start servers, which end with the test."""
     with ExitStack() as stack:
 
-        def start(endpoint: Endpoint) -> Endpoint:
-            server = PageServer(endpoint, {"/hello": hello, "/broken": broken})
+        def start(endpoint: Endpoint, tls: ssl.SSLContext | None = None) -> Endpoint:
+            server = PageServer(endpoint, {"/hello": hello, "/broken": broken}, tls)
             stack.callback(server.close)
             server.start()
             return server.endpoint
@@ -77,6 +82,66 @@ def test_a_page_is_served_over_tcp(serve: Callable[[Endpoint], Endpoint], host: 
     assert ask(endpoint, "/hello", "HEAD") == (200, b"")
     assert ask(endpoint, "/../etc/passwd")[0] == 404
     assert ask(endpoint, "/hello", "POST")[0] == 501
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return make_certificates(tmp_path_factory.mktemp("tls"))
+
+
+def ask_secured(endpoint: Endpoint, certificates: Certificates, *, with_own: bool) -> bytes:
+    context = ssl.create_default_context(cafile=str(certificates.ca))
+    if with_own:
+        context.load_cert_chain(certificates.certificate, certificates.key)
+    connection = http.client.HTTPSConnection(endpoint.host, endpoint.port, timeout=TIMEOUT_S, context=context)
+    with closing(connection):
+        connection.request("GET", "/hello")
+        return connection.getresponse().read()
+
+
+def test_with_tls_a_page_is_served_to_who_checks_the_certificate_and_to_nobody_in_the_clear(
+    certificates: Certificates, serve: Callable[..., Endpoint]
+) -> None:
+    endpoint = serve(ANY_PORT, TlsFiles(str(certificates.certificate), str(certificates.key)).context())
+    with connect(endpoint):  # says nothing, and holds up nobody
+        assert ask_secured(endpoint, certificates, with_own=False) == b"hello\n"
+        with pytest.raises((http.client.HTTPException, OSError)):
+            ask(endpoint, "/hello")
+
+
+def test_clients_may_be_asked_for_a_certificate(certificates: Certificates, serve: Callable[..., Endpoint]) -> None:
+    files = TlsFiles(str(certificates.certificate), str(certificates.key), str(certificates.ca))
+    endpoint = serve(ANY_PORT, files.context())
+    assert ask_secured(endpoint, certificates, with_own=True) == b"hello\n"
+    with pytest.raises((http.client.HTTPException, OSError)):
+        ask_secured(endpoint, certificates, with_own=False)
+
+
+def test_files_of_tls_that_are_wrong_are_an_error_that_names_them(certificates: Certificates, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nope\.crt.*No such file"):
+        TlsFiles(str(tmp_path / "nope.crt"), str(certificates.key)).context()
+    with pytest.raises(ConfigError, match=r"metrics: .*own\.key"):
+        TlsFiles(str(certificates.key), str(certificates.key)).context()
+
+
+@pytest.mark.parametrize(
+    ("metrics", "complaint"),
+    [
+        ({"listen": "tcp://0.0.0.0:9464"}, "give cert_file and key_file"),
+        ({"cert_file": "a"}, "cert_file and key_file belong together"),
+        ({"client_ca_file": "a"}, "client_ca_file needs cert_file and key_file"),
+        ({"listen": "tcp://0.0.0.0:9464", "cert_file": "a", "key_file": "b"}, None),
+        ({"listen": "tcp://0.0.0.0:9464", "insecure": True}, None),
+    ],
+)
+def test_an_address_that_others_reach_needs_tls_or_the_word_insecure(
+    metrics: dict[str, object], complaint: str | None
+) -> None:
+    if complaint is None:
+        MetricsConfig.model_validate(metrics)
+    else:
+        with pytest.raises(ValidationError, match=complaint):
+            MetricsConfig.model_validate(metrics)
 
 
 def test_a_unix_socket_is_for_user_and_group_and_goes_with_the_server(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from streamd.metrics.collector import DaemonCollector, Observed
 from streamd.metrics.endpoint import DEFAULT, Endpoint
 from streamd.metrics.gpu import GpuCollector
 from streamd.metrics.server import Page, PageServer
+from streamd.metrics.tls import TlsFiles
 
 logger = logging.getLogger(__name__)
 
@@ -20,10 +21,11 @@ logger = logging.getLogger(__name__)
 class Exporter:
     """Serve what is observed, from `__enter__` to `__exit__`; once."""
 
-    def __init__(self, listen: str | None, observed: Observed) -> None:
+    def __init__(self, listen: str | None, observed: Observed, tls: TlsFiles | None = None) -> None:
         """`listen` is the configuration's `metrics.listen`."""
         self._listen = listen
         self._observed = observed
+        self._tls = tls
         self._registry = CollectorRegistry()
         self._server: PageServer | None = None
 
@@ -35,16 +37,16 @@ class Exporter:
     def __enter__(self) -> Exporter:
         """Begin to serve.
 
-        Raises PublishError where the address that was asked for cannot be had. One that nobody asked for is worth no
-        outage: the default's port being taken, as by a second daemon, is a warning.
+        Raises ConfigError where the files of TLS are wrong, and PublishError where the address that was asked for
+        cannot be had. One that nobody asked for is worth no outage: the default's port being taken, as by a second
+        daemon, is a warning.
         """
         if self._listen is None:
             return self
         try:
             endpoint = DEFAULT if self._listen == "auto" else Endpoint.parse(self._listen)
-            self._server = PageServer(
-                endpoint, {"/metrics": self._metrics, "/healthz": self._health, "/readyz": self._readiness}
-            )
+            pages = {"/metrics": self._metrics, "/healthz": self._health, "/readyz": self._readiness}
+            self._server = PageServer(endpoint, pages, self._tls.context() if self._tls else None)
         except PublishError as err:
             if self._listen != "auto":
                 raise

@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import socket
+import ssl
 import stat
 import sys
 import threading
@@ -44,10 +45,10 @@ Pages = Mapping[str, Callable[[], Page]]
 class PageServer:
     """Serve pages from a thread of its own, and each request from a short-lived one."""
 
-    def __init__(self, endpoint: Endpoint, pages: Pages) -> None:
+    def __init__(self, endpoint: Endpoint, pages: Pages, tls: ssl.SSLContext | None = None) -> None:
         """Bind; what connects from now on is answered once `start` was called. Raises PublishError."""
         try:
-            self._server = _Server(endpoint, pages)
+            self._server = _Server(endpoint, pages, tls)
         except OSError as err:
             raise PublishError(f"cannot serve metrics on {endpoint}: {_why(err)}") from err
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
@@ -77,8 +78,9 @@ class _Server(ThreadingMixIn, TCPServer):
     block_on_close = False
     allow_reuse_address = True
 
-    def __init__(self, endpoint: Endpoint, pages: Pages) -> None:
+    def __init__(self, endpoint: Endpoint, pages: Pages, tls: ssl.SSLContext | None) -> None:
         self.pages = pages
+        self._tls = tls
         self._room = threading.BoundedSemaphore(_MAX_REQUESTS)
         self._pause = threading.Event()  # never set
         self._endpoint = endpoint
@@ -135,6 +137,15 @@ class _Server(ThreadingMixIn, TCPServer):
             super().process_request_thread(request, client_address)
         finally:
             self._room.release()
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """Shake hands in the request's own thread, so that who does not answer holds up nobody."""
+        if self._tls is None:
+            super().finish_request(request, client_address)
+            return
+        request.settimeout(_READ_TIMEOUT_S)
+        with self._tls.wrap_socket(request, server_side=True) as secured:
+            super().finish_request(secured, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what is a bug; a client that hung up is no news."""
