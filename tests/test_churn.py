@@ -20,7 +20,7 @@ from streamd.messages import Result, Status
 from streamd.pipeline import Pipeline
 from tests.clips import write_clip
 from tests.redis_server import free_port
-from tests.rtsp_faults import Camera
+from tests.rtsp_faults import Bitstream, Camera
 from tests.rtsp_server import CameraServer, black_hole
 
 WITHIN_S = 30.0
@@ -66,7 +66,7 @@ class Site:
         self.pipeline = Pipeline(self._config, self._deliver, self._note, self.crashes.append)
 
     def _make_config(self) -> Config:
-        limits = {"read_timeout_s": 1, "open_timeout_s": 1}
+        limits = {"open_timeout_s": 2, "read_timeout_s": 20, "stall_timeout_s": 20}
         return Config.model_validate(
             {
                 "models": {"m": {"path": str(self._model), "workers": 1, "threads": 1, "max_batch": 2}},
@@ -195,3 +195,29 @@ def test_a_stream_that_waits_to_reconnect_is_removed_at_once_and_may_come_again(
         assert len(threads) == 1 and not threads[0].is_alive()
         site.change(away=cameras.url("gate"))
         wait_until(lambda: bool(site.results["away"]), "it came again")
+
+
+def test_cameras_that_all_reboot_at_once_are_all_back_within_fifteen_seconds(
+    untrained_artifact: Path, tmp_path: Path
+) -> None:
+    clip = write_clip(tmp_path / "clip.mp4", 50, gop=25)
+    names = [f"cam{index}" for index in range(16)]
+    slow = Bitstream(speed=0.2)
+    with (
+        CameraServer({name: Camera(clip, bitstream=slow) for name in names}) as server,
+        running(untrained_artifact, **{name: server.url(name) for name in names}) as site,
+    ):
+        wait_until(lambda: set(site.results) == {*names}, "all deliver")
+        server.refuse()
+        server.hang_up()
+        wait_until(lambda: {*site.states.values()} <= {"unreachable", "connecting"}, "all are away")
+        time.sleep(3)
+        num_before = len(server.events(what="DESCRIBE"))
+        site.results.clear()
+        server.accept()
+        back_at = time.monotonic()
+        wait_until(lambda: set(site.results) == {*names}, "all deliver again")
+        took_s = time.monotonic() - back_at
+        knocks_s = [event.at_s for event in server.events(what="DESCRIBE")[num_before:]]
+    assert took_s <= 15
+    assert len(knocks_s) == 16 and max(knocks_s) - min(knocks_s) > 0.5, "they came one after the other"

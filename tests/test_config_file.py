@@ -129,6 +129,7 @@ def test_a_key_without_a_near_one_names_the_known_ones() -> None:
         ("models: {}\nstreams: {s: {url: a}}\n", "line 1: models: is empty; name at least one"),
         ("models: {m: {path: m.pt}}\nstreams: []\n", "line 2: streams: should be a map of keys and values"),
         (with_stream("url: a, url: b"), "line 3: streams.gate.url: stands twice; a name may be used once"),
+        (with_stream("url: a") + "  gate: {url: b}\n", "line 4: streams.gate: stands twice; a name may be used once"),
         (with_stream("url: a, fps: true"), "line 3: streams.gate.fps: should be a valid number, got true"),
         (with_stream("url: a, fps: '5'"), "line 3: streams.gate.fps: should be a valid number, got '5'"),
         (with_stream("url: a, fps: .nan"), "line 3: streams.gate.fps: should be a finite number, got nan"),

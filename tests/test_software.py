@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from streamd.decode.software import SoftwareDecoder, picture_of
+from streamd.errors import SourceError
 from streamd.messages import Frame, Packet, Picture, Stamp
 from streamd.models.spec import ModelSpec
 from streamd.runner import assemble
@@ -384,6 +385,25 @@ def test_packets_that_the_transport_marked_make_corrupt_frames(tmp_path: Path) -
     with closing(source):
         frames = list(decode_all(source, packets))
     assert [frame.seq for frame in frames if frame.corrupt] == [7, 8, 9]
+
+
+def test_a_stream_of_which_no_key_frame_can_be_decoded_is_unsupported(tmp_path: Path) -> None:
+    source, packets = read(write_clip(tmp_path / "clip.mp4", 30, gop=10, size=(128, 96)))
+    packets = [damaged(packet) for packet in packets]
+    frames: list[Frame] = []
+    with (
+        closing(source),
+        pytest.raises(SourceError, match="none of 3 key frames can be decoded: is the stream") as caught,
+    ):
+        frames.extend(decode_all(source, packets))
+    assert caught.value.state == "unsupported" and caught.value.permanent
+
+
+@pytest.mark.parametrize("pixel_format", ["gray32le", "yaf32le"])
+def test_a_format_that_ffmpeg_does_not_convert_is_unsupported(pixel_format: str) -> None:
+    with pytest.raises(SourceError, match=pixel_format) as caught:
+        picture_of(av.VideoFrame(64, 48, pixel_format))
+    assert caught.value.state == "unsupported"
 
 
 def test_noise_in_place_of_a_packet_raises_nothing(tmp_path: Path) -> None:

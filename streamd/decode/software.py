@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -13,12 +14,14 @@ import numpy as np
 import torch
 
 from streamd.decode.frames import Framer
+from streamd.errors import SourceError
 from streamd.messages import Frame, Packet, Picture
 
 _PLANAR_YUV = frozenset(
     f"yuv{full}{chroma}p" for full in ("", "j") for chroma in ("410", "411", "420", "422", "440", "444")
 )
 _DEEP = re.compile(r"(yuv4\d\dp|p0)(?:9|1[0246])(?:le|be)")  # the same planes in 9 to 16 bits
+_MAX_REFUSED = 3  # key frames in a row
 _HD_HEIGHT = 720  # without a matrix in the stream, HD is BT.709 and SD BT.601 (ITU-R BT.709, BT.601)
 
 Layout = Literal["yuv", "nv12", "rgb"]
@@ -40,10 +43,12 @@ class SoftwareDecoder:
         self.description = f"software: {reason}"
         self._framer = framer or Framer(stream, video, first_seq)
         self._context = video.codec_context
+        self._num_refused = 0.0  # key frames; no longer counted once there was a picture
         configure(self._context)
 
     def decode(self, packet: Packet) -> Iterator[Frame]:
-        return self._frames(self._framer.stamped(packet))
+        """Decode as `Decoder` says. Raises SourceError where no key frame can be decoded from the begin on."""
+        return self._frames(packet)
 
     def flush(self) -> Iterator[Frame]:
         return self._frames(None)
@@ -55,17 +60,28 @@ class SoftwareDecoder:
     def close(self) -> None:
         """Nothing to do: the context belongs to the source's container."""
 
-    def _frames(self, data: av.Packet[av.VideoStream] | None) -> Iterator[Frame]:
+    def _frames(self, packet: Packet | None) -> Iterator[Frame]:
+        data = None if packet is None else self._framer.stamped(packet)
         started = time.perf_counter()
         try:
             decoded = self._context.decode(data)
         except (av.error.FFmpegError, OSError):
             # A damaged packet. Which exception it is differs by codec; the consequence does not.
             self._framer.note_damage()
+            if packet is not None and packet.keyframe and not packet.corrupt:
+                self._note_refusal()
             return
         decode_ms = (time.perf_counter() - started) * 1e3 / max(1, len(decoded))
         for picture in decoded:
+            self._num_refused = -math.inf
             yield self._framer.frame(picture, picture_of(picture), decode_ms)
+
+    def _note_refusal(self) -> None:
+        self._num_refused += 1
+        if self._num_refused >= _MAX_REFUSED:
+            what = f"none of {_MAX_REFUSED} key frames can be decoded"
+            advice = "is the stream encrypted, or of a kind that FFmpeg does not know?"
+            raise SourceError(f"{what}: {advice}", "unsupported", permanent=True)
 
 
 def configure(context: av.VideoCodecContext) -> None:
@@ -99,7 +115,10 @@ def first_look(video: av.VideoStream, keyframe: av.Packet[av.VideoStream]) -> av
 
 
 def picture_of(decoded: av.VideoFrame) -> Picture:
-    """Wrap FFmpeg's buffers without a copy; of deep colours 8 bits are kept, rare formats become RGB."""
+    """Wrap FFmpeg's buffers without a copy; of deep colours 8 bits are kept, rare formats become RGB.
+
+    Raises SourceError for formats that FFmpeg itself cannot convert.
+    """
     name = _as_8_bit(decoded.format.name)
     layout: Layout = "yuv" if name in _PLANAR_YUV else "nv12" if name == "nv12" else "rgb"
     wanted = "rgb24" if layout == "rgb" else name
@@ -107,10 +126,21 @@ def picture_of(decoded: av.VideoFrame) -> Picture:
     if wanted != decoded.format.name:
         # Without a matrix in the stream, FFmpeg would take BT.601 at any size.
         by_matrix = {"bt601": "ITU601", "bt709": "ITU709"}[_matrix(decoded)] if layout == "rgb" else None
-        converted = decoded.reformat(format=wanted, src_colorspace=by_matrix)
+        converted = _reformat(decoded, wanted, by_matrix)
     channels = {"yuv": (1, 1, 1), "nv12": (1, 2), "rgb": (3,)}[layout]
     planes = tuple(_plane(plane, n) for plane, n in zip(converted.planes, channels, strict=True))
     return described(decoded, planes, layout)
+
+
+def _reformat(decoded: av.VideoFrame, wanted: str, matrix: str | None) -> av.VideoFrame:
+    name = decoded.format.name
+    refused = SourceError(f"FFmpeg does not convert pictures of the format {name}", "unsupported", permanent=True)
+    if name.startswith("yaf32"):  # at which its converter ends the process (seen with FFmpeg 8)
+        raise refused
+    try:
+        return decoded.reformat(format=wanted, src_colorspace=matrix)
+    except (av.error.FFmpegError, OSError, ValueError) as err:
+        raise refused from err
 
 
 def _as_8_bit(pixel_format: str) -> str:
