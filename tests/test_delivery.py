@@ -211,6 +211,32 @@ def publisher(redis_server: RedisServer, tmp_path: Path) -> Iterator[StoredPubli
     publisher.stop(10.0)
 
 
+@pytest.mark.parametrize(
+    "url", ["redis://127.0.0.1:{}", "redis+sentinel://127.0.0.1:{}/s", "redis+cluster://127.0.0.1:{}"]
+)
+def test_a_redis_that_is_away_at_the_start_stops_nothing_and_is_counted_as_failing(tmp_path: Path, url: str) -> None:
+    publisher = make_publisher(url.format(free_port()), tmp_path / "spool.sqlite")
+    publisher.start()
+    for number in range(10):
+        publisher.put(Outgoing("gate", "detections", b"0:%d" % number, stored=True))
+    wait_until(lambda: publisher.num_accepted == 10 and not publisher.healthy)
+    publisher.stop(0.0)
+    assert publisher.num_dropped == 0 and publisher.spool.num_entries == 10
+
+
+def test_a_redis_that_comes_after_the_daemon_gets_all(redis_server: RedisServer, tmp_path: Path) -> None:
+    redis_server.kill()
+    publisher = make_publisher(redis_server.url, tmp_path / "spool.sqlite")
+    publisher.start()
+    for number in range(100):
+        publisher.put(Outgoing("gate", "detections", b"0:%d" % number, stored=True))
+    wait_until(lambda: publisher.num_accepted == 100 and not publisher.healthy)
+    redis_server.start()
+    wait_until(lambda: publisher.num_sent == 100)
+    publisher.stop(10.0)
+    assert read_once(redis_server, "gate")[0] == [(0, number) for number in range(100)]
+
+
 def out_of_memory(client: redis.Redis) -> Callable[[], object]:
     client.config_set("maxmemory", "1")
     return lambda: client.config_set("maxmemory", "0")
