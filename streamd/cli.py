@@ -145,7 +145,7 @@ def check(
     logs.set_up(log_level)
     tree = load(config)
     if up_to == "config":
-        print(f"ok    {config}: {len(tree.models)} models, {len(tree.streams)} streams")
+        print(f"ok    {config}: {len(tree.models)} model(s), {len(tree.streams)} stream(s)")
         return
     from streamd.check import check as check_config
 

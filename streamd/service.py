@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamd.errors import StreamdError
-from streamd.units import MARK, SYSUSERS, TMPFILES, UNIT_FOLDER, Service
+from streamd.units import MARK, SYSUSERS, TEMPLATE, TMPFILES, UNIT_FOLDER, Service
 
 USER = "streamd"
 _WANTS = UNIT_FOLDER / "multi-user.target.wants"
@@ -30,8 +30,6 @@ MEANINGS = {
     226: "systemd could not set up what the unit wants to see of the file system",
     243: f"a credential of LoadCredential= cannot be read; run: systemd-tmpfiles --create {TMPFILES}",
 }
-
-
 _WOULD = {"wrote": "would write", "replaced": "would replace", "removed": "would remove", "ran": "would run"}
 
 
@@ -131,13 +129,24 @@ class System:
         except (OSError, ValueError) as err:
             raise StreamdError(f"{self.place(path)}: cannot be read: {err}") from err
 
-    def installed(self) -> set[str]:
+    def enabled(self) -> set[str]:
         """Name the units of streamd that start with the machine."""
+        return self._names(_WANTS)
+
+    def installed(self) -> set[str]:
+        """Name the units of streamd that start with the machine, or have files of this command's."""
+        own = {name.removesuffix(".d") for name in self._names(UNIT_FOLDER)} - {"streamd@.service"}
+        return self.enabled() | {name for name in own if any(self._is_own(path) for path in _files_of(name))}
+
+    def _names(self, folder: Path) -> set[str]:
         try:
-            names = os.listdir(self.place(_WANTS))  # of links, which lead nowhere in another system's folder
+            names = os.listdir(self.place(folder))  # of links, which lead nowhere in another system's folder
         except FileNotFoundError:
             return set()
-        return {name for name in names if re.fullmatch(r"streamd(@.+)?\.service", name)}
+        return {name for name in names if re.fullmatch(r"streamd(@.+)?\.service(\.d)?", name)}
+
+    def _is_own(self, path: Path) -> bool:
+        return (self.read(path) or "").startswith(MARK)
 
 
 def install(service: Service, system: System) -> bool:
@@ -153,7 +162,7 @@ def install(service: Service, system: System) -> bool:
         system.run("systemd-sysusers", str(SYSUSERS))
         system.run("systemd-tmpfiles", "--create", str(TMPFILES))
         system.systemctl("daemon-reload")
-    if service.name not in system.installed():
+    if service.name not in system.enabled():
         system.systemctl("enable", "--quiet", service.name)
     return before != dict(service.files)
 
@@ -163,16 +172,13 @@ def uninstall(service: Service, system: System) -> None:
     system.check()
     _refuse_another(service, system)
     others = system.installed() - {service.name}
-    is_there = service.name in system.installed()
-    if is_there or system.read(service.unit) is not None:
-        if system.is_this_machine:
-            system.systemctl("stop", service.name)
-        if is_there:
-            system.systemctl("disable", "--quiet", service.name)
+    if system.is_this_machine and system.read(service.unit) is not None:
+        system.systemctl("stop", service.name)
+    if service.name in system.enabled():
+        system.systemctl("disable", "--quiet", service.name)
     used = {SYSUSERS, TMPFILES} if others else set()
-    used |= {service.unit} if any("@" in other for other in others) and "@" in service.name else set()
-    own = [service.drop_ins / "cpu.conf", service.drop_ins / "v4l2.conf"]
-    for path in dict.fromkeys([*own, *service.files]):
+    used |= {TEMPLATE} if any("@" in other for other in others) else set()
+    for path in dict.fromkeys([*_files_of(service.name), *service.files]):
         if path not in used:
             system.remove(path)
     if system.is_this_machine:
@@ -280,5 +286,11 @@ def _config_in(unit: str) -> str:
 
 def _stale(service: Service, system: System) -> list[Path]:
     """List drop-ins that an earlier install wrote and this one does not want."""
-    own = (service.drop_ins / name for name in ("cpu.conf", "v4l2.conf"))
-    return [path for path in own if path not in service.files and (system.read(path) or "").startswith(MARK)]
+    there = (path for path in _files_of(service.name) if path not in service.files)
+    return [path for path in there if (system.read(path) or "").startswith(MARK)]
+
+
+def _files_of(unit: str) -> list[Path]:
+    """List what a unit alone may have."""
+    drop_ins = [UNIT_FOLDER / f"{unit}.d" / name for name in ("cpu.conf", "v4l2.conf")]
+    return drop_ins if "@" in unit else [*drop_ins, UNIT_FOLDER / unit]

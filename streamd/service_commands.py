@@ -53,7 +53,7 @@ def install(
 
     if now and root != Path("/"):
         raise typer.BadParameter("--now starts it on this machine, --root is another one")
-    system = services.System(root, print, dry_run=dry_run)
+    system = services.System(root.absolute(), print, dry_run=dry_run)
     system.check()
     tree = load(config)
     wanted = _service(config, tree, hardware)
@@ -74,14 +74,10 @@ def uninstall(config: ConfigPath, dry_run: DryRun = False, root: Root = Path("/"
 
     Example: streamd service uninstall /etc/streamd/streamd.yaml
     """
-
     wanted = _service(config, None, "cpu")
-    services.uninstall(wanted, services.System(root, print, dry_run=dry_run))
-    print(
-        services.line(
-            "left", f"{wanted.config}, /etc/streamd, /var/lib/streamd, /var/cache/streamd and the user streamd"
-        )
-    )
+    services.uninstall(wanted, services.System(root.absolute(), print, dry_run=dry_run))
+    folders = "/etc/streamd, /var/lib/streamd, /var/cache/streamd"
+    print(services.line("left", f"{wanted.config}, {folders} and the user {services.USER}"))
 
 
 @service_app.command()
@@ -98,7 +94,7 @@ def status(config: ConfigPath, root: Root = Path("/")) -> None:
         tree = None
         print(f"streamd: {err}", file=sys.stderr)
     drop_in = Path("/etc/systemd/system", _service(config, tree, "cpu").drop_ins.name, "cpu.conf")
-    system = services.System(root, print)
+    system = services.System(root.absolute(), print)
     report = services.report(_service(config, tree, "cpu" if system.read(drop_in) else "gpu"), system)
     print("\n".join(report.lines))
     if not report.is_active:
@@ -108,9 +104,8 @@ def status(config: ConfigPath, root: Root = Path("/")) -> None:
 def _service(path: Path, config: Config | None, hardware: Literal["auto", "cpu", "gpu"]) -> Service:
     from streamd.units import hardware_of, service_of
 
-    program = Path(sysconfig.get_path("scripts"), "streamd")
     chosen = (hardware_of(config) if config else "gpu") if hardware == "auto" else hardware
-    return service_of(path, config, program, chosen)
+    return service_of(path, config, _program(), chosen)
 
 
 def _refuse_hidden(path: Path, config: Config) -> None:
@@ -118,9 +113,10 @@ def _refuse_hidden(path: Path, config: Config) -> None:
     import streamd
     from streamd.units import hidden
 
-    program = Path(sysconfig.get_path("scripts"), "streamd")
-    if not program.is_file():
-        raise ConfigError(f"there is no {program}: the service needs streamd installed by pip, not run from a checkout")
+    if not _program().is_file():
+        raise ConfigError(
+            f"there is no {_program()}: the service needs streamd installed by pip, not run from a checkout"
+        )
     programs = {"the program": Path(streamd.__file__), "its Python": Path(sys.executable)}
     if found := list(hidden(path.absolute(), config, programs)):
         raise ConfigError("\n  ".join((f"{path}: this cannot be a service", *found)))
@@ -128,13 +124,12 @@ def _refuse_hidden(path: Path, config: Config) -> None:
 
 def _check_rights(path: Path, config: Config) -> None:
     """Raise ConfigError where the service's user cannot read what it needs."""
-    from streamd.service import USER, unreadable
     from streamd.units import inputs
 
-    needed = [path.absolute(), Path(sysconfig.get_path("scripts"), "streamd"), *dict(inputs(config)).values()]
-    if found := unreadable(needed):
-        advice = f"chgrp {USER} FILE && chmod g+r FILE, and g+x for the folders above"
-        raise ConfigError(f"the user {USER} cannot read {', '.join(map(str, found))}; {advice}")
+    needed = [path.absolute(), _program(), *dict(inputs(config)).values()]
+    if found := services.unreadable(needed):
+        advice = f"chgrp {services.USER} FILE && chmod g+r FILE, and g+x for the folders above"
+        raise ConfigError(f"the user {services.USER} cannot read {', '.join(map(str, found))}; {advice}")
 
 
 def _note(service: Service, config: Config, asked: str) -> None:
@@ -144,15 +139,22 @@ def _note(service: Service, config: Config, asked: str) -> None:
     if asked == "auto":
         print(services.line("note", f"for the {service.hardware.upper()}; --hardware says otherwise"))
     for sentence in (*unwritable(config), *foreign_variables(read_text(service.config))):
-        print(services.line("note", f"{sentence}"))
+        print(services.line("note", sentence))
 
 
 def _start(service: Service, *, is_new: bool) -> None:
-    """Start, or restart where the unit is new; on failure show what it said. Raises StreamdError."""
-
+    """Start or, where it runs already, have it take what is new; on failure show what it said. Raises StreamdError."""
     print(services.line("starting", f"{service.name}; its models are loaded and measured"))
-    done = services.call("systemctl", "restart" if is_new else "start", service.name)
+    done = services.call("systemctl", "restart" if is_new else "reload-or-restart", service.name)
     if done.returncode:
         print(services.journal(service.name), file=sys.stderr)
-        raise StreamdError(f"{service.name} did not start: {services.how_it_ended(services.state(service.name))}")
+        now = services.state(service.name)
+        if now.get("ActiveState") == "active":
+            raise ConfigError(f"{service.name} refuses the configuration and goes on as it was")
+        raise StreamdError(f"{service.name} did not start: {services.how_it_ended(now)}")
     print("\n".join(services.unit_lines(service.name)))
+
+
+def _program() -> Path:
+    """Say where the program of this installation is."""
+    return Path(sysconfig.get_path("scripts"), "streamd")

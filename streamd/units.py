@@ -35,7 +35,6 @@ class Service:
     config: Path  # absolute
     name: str  # of the unit
     files: Mapping[Path, str]  # what is to stand where
-    shared: frozenset[Path]  # those of `files` that other configurations need as well
     hardware: Hardware
 
     @property
@@ -59,18 +58,17 @@ def service_of(path: Path, config: Config | None, program: Path, hardware: Hardw
     name = unit_name(path)
     unit = TEMPLATE if "@" in name else UNIT_FOLDER / name
     text = _shipped(unit.name).replace(_SHIPPED_PROGRAM, _quoted(program))
-    shared = {SYSUSERS: _shipped("sysusers.conf"), TMPFILES: _shipped("tmpfiles.conf")}
-    if unit == TEMPLATE:
-        shared[unit] = text
-        files = dict(shared)
-    else:
-        files = {**shared, unit: text.replace(_SHIPPED_CONFIG, _quoted(path))}
+    files = {
+        SYSUSERS: _shipped("sysusers.conf"),
+        TMPFILES: _shipped("tmpfiles.conf"),
+        unit: text if unit == TEMPLATE else text.replace(_SHIPPED_CONFIG, _quoted(path)),
+    }
     drop_ins = UNIT_FOLDER / f"{name}.d"
     if hardware == "cpu":
         files[drop_ins / "cpu.conf"] = _shipped("cpu.conf")
     if config and any(one.url.get_secret_value().startswith("v4l2://") for one in config.streams.values()):
         files[drop_ins / "v4l2.conf"] = _shipped("v4l2.conf")
-    return Service(path, name, {file: MARK + text for file, text in files.items()}, frozenset(shared), hardware)
+    return Service(path, name, {file: MARK + text for file, text in files.items()}, hardware)
 
 
 def unit_name(path: Path) -> str:

@@ -231,7 +231,7 @@ def test_check_stops_where_it_is_told(streamd: Streamd, model: Path, tmp_path: P
     config = write_config(tmp_path, tmp_path / "missing.pt", gone)
     assert streamd("check", config, "--up-to", "models").code == 78
     ended = streamd("check", config, "--up-to", "config")
-    assert (ended.code, ended.out) == (0, f"ok    {config}: 1 models, 1 streams\n")
+    assert (ended.code, ended.out) == (0, f"ok    {config}: 1 model(s), 1 stream(s)\n")
 
 
 @pytest.mark.parametrize(

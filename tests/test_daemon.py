@@ -15,8 +15,10 @@ import pytest
 
 from streamd.client import Subscription, subscribe
 from streamd.wire import DetectionsMessage, StatusMessage
+from tests.clips import white, write_clip
 from tests.conftest import StartRtsp
 from tests.daemon_process import DaemonProcess
+from tests.hanging_model import export_hanging_model
 from tests.redis_server import RedisServer, free_port
 
 WITHIN_S = 40.0
@@ -280,3 +282,20 @@ def test_the_daemon_ends_by_itself_when_all_files_have_ended_and_every_frame_is_
         messages = list(_read_stream(redis_server.url, name, num=250))
         assert [m.seq for m in messages if isinstance(m, DetectionsMessage)] == list(range(250))
         assert all(m.dropped == 0 for m in messages)
+
+
+def test_a_model_that_hangs_ends_the_pings_of_the_watchdog_and_says_where_it_was(tmp_path: Path, port: int) -> None:
+    model = export_hanging_model(tmp_path / "hanging.pt")
+    clip = write_clip(tmp_path / "white.mp4", fps=10, size=(96, 64), draw=white)
+    config = make_config(model, {"white": {"url": str(clip), "loop": True}}, port)
+    with DaemonProcess(tmp_path, config, {"WATCHDOG_USEC": "4000000"}) as daemon:
+        stuck = "STATUS=1 of 1 streams running; model people on cpu: one batch for "
+        daemon.wait_for_notification(stuck, WITHIN_S)
+        for _ in range(3):
+            daemon.notifications.clear()
+            daemon.wait_for_notification(stuck, WITHIN_S)
+            assert "WATCHDOG=1" not in daemon.notifications
+        assert daemon.stop(signal.SIGABRT) == -signal.SIGABRT  # as systemd does then
+        log = daemon.log()
+    assert log.count("stuck: model people on cpu") == 1
+    assert "Fatal Python error: Aborted" in log and "infer.py" in log

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from streamd.service import System, install, uninstall
-from streamd.units import MARK, Service, service_of
+from streamd.units import MARK, Hardware, Service, service_of
 from tests.conftest import ROOT
 
 PROGRAM = Path("/opt/streamd/bin/streamd")
@@ -20,8 +20,8 @@ PROGRAM = Path("/opt/streamd/bin/streamd")
 pytestmark = pytest.mark.skipif(shutil.which("systemctl") is None, reason="systemctl is missing (Debian: systemd)")
 
 
-def service(name: str = "streamd", **options: str) -> Service:
-    return service_of(Path(f"/etc/streamd/{name}.yaml"), None, PROGRAM, options.get("hardware", "gpu"))  # type: ignore[arg-type]
+def service(name: str = "streamd", hardware: Hardware = "gpu") -> Service:
+    return service_of(Path(f"/etc/streamd/{name}.yaml"), None, PROGRAM, hardware)
 
 
 class Said(list[str]):

@@ -177,6 +177,8 @@ def test_a_reload_adds_and_removes_streams_and_the_others_notice_nothing(machine
         machine.write(changed)
         assert_unbroken(wait_for_results(messages, "steady"), "steady")
         assert results(wait_for_results(messages, "fresh"), "fresh")
+    said = machine.streamd("service", "install", CONFIG, "--now")
+    assert "active (running)" in said and "wrote" not in said, "it only reads its file again"
     assert machine.container.show(UNIT, "MainPID") == pid
 
 

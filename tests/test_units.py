@@ -45,10 +45,10 @@ def test_the_usual_configuration_is_streamd_service() -> None:
     assert "/opt/streamd" not in text
 
 
-def test_another_name_in_the_folder_is_an_instance_whose_template_is_shared() -> None:
+def test_another_name_in_the_folder_is_an_instance_of_the_template() -> None:
     service = service_of(Path("/etc/streamd/north.yaml"), make_config(), PROGRAM, "cpu")
     assert service.name == "streamd@north.service"
-    assert service.unit == TEMPLATE and TEMPLATE in service.shared
+    assert service.unit == TEMPLATE
     assert "run /etc/streamd/%i.yaml" in service.files[TEMPLATE]
     assert UNIT_FOLDER / "streamd@north.service.d" / "cpu.conf" in service.files
 
