@@ -76,6 +76,7 @@ class Packet:
     stamp: Stamp
     keyframe: bool
     corrupt: bool  # the transport saw damage
+    recovers_in: int = 0  # of a key frame: pictures from it on that may still show what was before; of most none
 
 
 @dataclass(frozen=True, slots=True, eq=False)

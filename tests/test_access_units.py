@@ -197,3 +197,11 @@ def test_a_packet_that_the_network_repeats_is_no_picture_of_its_own() -> None:
     picture = START_CODE + SLICE + b"\x9a" + b"x" * 20
     out = play(units, [[picture, picture], [START_CODE + SLICE]])
     assert [unit.data for _, unit in out] == [picture]
+
+
+@pytest.mark.parametrize(("payload", "recovers_in"), [(b"\x80", 0), (b"\x08\x40", 15), (b"\x40", 1)])
+def test_a_recovery_point_says_after_how_many_pictures_all_is_new(payload: bytes, recovers_in: int) -> None:
+    units = AccessUnits("h264")
+    recovery_point = START_CODE + b"\x06\x06" + bytes([len(payload)]) + payload + START_CODE
+    out = play(units, [[recovery_point + SLICE], [START_CODE + SLICE]])
+    assert [(unit.keyframe, unit.recovers_in) for _, unit in out] == [(True, recovers_in)]

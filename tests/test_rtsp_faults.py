@@ -242,7 +242,7 @@ def test_no_damaged_frame_passes_for_a_clean_one(
     check_that_damage_is_marked(served, moving, delivery)
 
 
-def check_that_damage_is_marked(served: Callable[..., CameraServer], path: Path, delivery: Delivery) -> None:
+def check_that_damage_is_marked(served: Callable[..., CameraServer], path: Path, delivery: Delivery) -> list[Frame]:
     truth = pictures_of(path)
     server = served(Camera(path, delivery=delivery, bitstream=Bitstream(speed=2)))
     with Watcher(server.url("gate"), transport="udp", corrupt_frames="publish", stall_timeout_s=10) as stream:
@@ -252,6 +252,18 @@ def check_that_damage_is_marked(served: Callable[..., CameraServer], path: Path,
     num_marked = sum(frame.corrupt for frame in frames)
     if delivery.loss:
         assert num_marked, "the losses were not seen at all"
+    return frames
+
+
+def test_nor_does_one_of_a_camera_that_refreshes_its_picture_piece_by_piece(
+    served: Callable[..., CameraServer], demo_clip: Path, tmp_path: Path
+) -> None:
+    """Such a stream has no key frames, but points from which all of the picture is new some frames later."""
+    options = {"crf": "20", "x264-params": "intra-refresh=1:keyint=12"}
+    path = encode_clip(demo_clip, tmp_path / "refresh.mp4", fps=25, seconds=4, size=(384, 288), options=options)
+    frames = check_that_damage_is_marked(served, path, Delivery(loss=0.01, seed=9))
+    first = next(index for index, frame in enumerate(frames) if frame.corrupt)
+    assert any(not frame.corrupt for frame in frames[first:]), "it never recovers"
 
 
 def test_nor_does_one_of_h265(served: Callable[..., CameraServer], moving: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,7 +22,8 @@ class _Mark:
 class Framer:
     """Make the frames of one connection; the decoders that take over from one another share it.
 
-    Frames after damage are marked corrupt until the next key frame, because they refer to the damaged one.
+    Frames after damage are marked corrupt until the next key frame, because they refer to the damaged one; where a
+    camera refreshes its picture piece by piece, until the last piece has come.
     """
 
     def __init__(self, stream: str, video: av.VideoStream, first_seq: int = 0) -> None:
@@ -30,23 +32,24 @@ class Framer:
         self._time_base = float(video.time_base or 0)
         self._frame_s = 1 / float(video.average_rate or video.guessed_rate or 25)
         self._last_pts_s = -self._frame_s
-        self._damaged = False  # by packets, in order of decoding
+        self._num_spoilt = 0.0  # packets to come that refer to damage, in order of decoding; inf: until a key frame
         self._newest: _Mark | None = None
         self._shown_damaged = False  # by pictures, in order of presentation
 
     def stamped(self, packet: Packet) -> av.Packet[av.VideoStream]:
         """Return FFmpeg's packet with what its frame is to know; the decoder must have `copy_opaque` set."""
-        if packet.keyframe:
-            self._damaged = packet.corrupt
-        elif packet.corrupt:
-            self._damaged = True
+        if packet.corrupt:
+            self._num_spoilt = math.inf
+        elif packet.keyframe:
+            self._num_spoilt = min(self._num_spoilt, packet.recovers_in)
         # Not the packet itself: Python's collector does not see FFmpeg's references, so the ring would never be freed.
-        self._newest = packet.data.opaque = _Mark(packet.stamp, self._damaged)
+        self._newest = packet.data.opaque = _Mark(packet.stamp, self._num_spoilt > 0)
+        self._num_spoilt = max(0.0, self._num_spoilt - 1)
         return packet.data
 
     def note_damage(self) -> None:
         """Mark the newest packet, whose picture may come nevertheless, and those up to the next key frame."""
-        self._damaged = True
+        self._num_spoilt = math.inf
         if self._newest is not None:
             self._newest.damaged = True
 

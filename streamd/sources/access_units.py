@@ -30,6 +30,7 @@ class AccessUnit:
     keyframe: bool
     sender_at: float | None  # Unix seconds, by the camera's clock
     corrupt: bool  # a part of it is missing
+    recovers_in: int = 0  # pictures from this key frame on that may show what was before
 
 
 @dataclass(slots=True)
@@ -43,6 +44,7 @@ class _Picture:
     num_pieces: int = 0
     num_slices: int = 0  # that have begun
     keyframe: bool = False
+    recovers_in: int = 0
     whole_after: int | None = None  # pieces after which the rule first said that it was whole
     let_go: bool = False
     last_piece: bytes = b""
@@ -121,7 +123,7 @@ class AccessUnits:
             return
         position = 0
         while position >= 0:
-            self._note_head(picture, piece[position + 4 : position + 6])
+            self._note_head(picture, piece[position + 4 : position + 12])
             position = piece.find(START_CODE, position + 4)
 
     def _begins_picture(self, piece: bytes) -> bool:
@@ -146,8 +148,10 @@ class AccessUnits:
         else:
             kind = head[0] & 0x1F
             picture.num_slices += kind in (1, 5)
-            recovery_point = kind == 6 and len(head) > 1 and head[1] == 6  # cameras that refresh picture by picture
-            picture.keyframe |= kind == 5 or recovery_point
+            picture.keyframe |= kind == 5
+            if kind == 6 and len(head) > 3 and head[1] == 6:  # a recovery point: cameras that refresh piece by piece
+                picture.keyframe = True
+                picture.recovers_in = _exp_golomb(head[3:])
 
     def _learn(self, picture: _Picture) -> None:
         """Compare the rule with the truth, now that the next picture has begun."""
@@ -172,7 +176,8 @@ class AccessUnits:
         picture.pieces.clear()
         # After a loss a key frame is whole if its parameter sets came; any other picture may refer to what is missing.
         is_whole = not picture.follows_loss or (picture.keyframe and self._begins_with_parameter_set(data))
-        unit = AccessUnit(data, picture.pts, picture.keyframe, picture.sender_at, self._truncated or not is_whole)
+        is_corrupt = self._truncated or not is_whole
+        unit = AccessUnit(data, picture.pts, picture.keyframe, picture.sender_at, is_corrupt, picture.recovers_in)
         self._truncated = False
         return unit
 
@@ -186,3 +191,10 @@ class AccessUnits:
 def _is_filler(piece: bytes) -> bool:
     """Tell whether a fragment says the same byte all over, so that an equal one beside it is no repetition."""
     return not piece.startswith(START_CODE) and piece.count(piece[-1:]) > len(piece) - 8
+
+
+def _exp_golomb(data: bytes) -> int:
+    """Read ue(v) (H.264, 9.1), here of the number of frames after which a picture is whole: 16 bits at most."""
+    bits = int.from_bytes(data[:5].ljust(5, b"\0"), "big")
+    num_zeros = min(16, 40 - bits.bit_length())
+    return max(0, (bits >> (39 - 2 * num_zeros)) - 1)

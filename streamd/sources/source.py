@@ -158,7 +158,8 @@ class Source:
                 data.pts = unit.pts
                 if self.video.time_base is not None:
                     data.time_base = self.video.time_base
-                yield Packet(data, self._stamp(unit.pts, unit.sender_at), unit.keyframe, unit.corrupt)
+                stamp = self._stamp(unit.pts, unit.sender_at)
+                yield Packet(data, stamp, unit.keyframe, unit.corrupt, unit.recovers_in)
             if time.monotonic() - self._last_stamp_s > self._options.read_timeout_s:
                 raise SourceError("packets trickle in, but make no picture", "stalled")
 
