@@ -78,7 +78,10 @@ class CameraProcess:
         """Return when clients can connect. Raises BenchmarkError."""
         mounts = [f"{name}={self.clip.path}" for name in self.names]
         command = [sys.executable, "-m", "tests.rtsp_server", *mounts, "--port", str(self._port)]
-        self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # In a session of its own: where the kernel shares the cores out by session, cameras do not wait for the rest.
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
