@@ -77,6 +77,28 @@ def peak_memory_mib(pid: int) -> float:
     return int(line.split()[1]) / 1024
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a process holds."""
+
+    memory_mib: float  # its own (RssAnon): files that are mapped come and go with the page cache
+    descriptors: int
+    threads: int
+
+
+def read_usage(pid: int) -> Usage:
+    """Read what a process holds from /proc. Raises ProcessLookupError where it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        num_descriptors = len(os.listdir(f"/proc/{pid}/fd"))
+    except FileNotFoundError:
+        raise ProcessLookupError(f"process {pid} has ended") from None
+    fields = dict(line.split(":", 1) for line in lines)
+    if "RssAnon" not in fields:  # a zombie has none
+        raise ProcessLookupError(f"process {pid} has ended")
+    return Usage(int(fields["RssAnon"].split()[0]) / 1024, num_descriptors, int(fields["Threads"]))
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     """Return the smallest value that at least `share` of all do not exceed; NaN of none."""
     if not values:

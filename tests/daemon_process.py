@@ -7,8 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,7 +32,7 @@ class DaemonProcess:
         environment: dict[str, str] | None = None,
         prefix: Sequence[str] = (),
     ) -> None:
-        """`prefix` is a command that runs the daemon's."""
+        """`prefix` is a command that ends by executing the one behind it, such as unshare."""
         self._prefix = prefix
         self._folder = folder
         self._environment = environment or {}
@@ -38,6 +40,7 @@ class DaemonProcess:
         self.config_path.write_text(yaml.safe_dump(config))
         self.log_path = folder / "streamd.log"
         self.notifications: list[str] = []
+        self.watchdog_at = 0.0  # monotonic s, of the last WATCHDOG=1 that `read_notifications` has read
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -89,6 +92,28 @@ class DaemonProcess:
             except TimeoutError:
                 assert self._process.poll() is None, f"the daemon exited with {self._process.returncode}:\n{self.log()}"
                 assert time.monotonic() < deadline, f"no {wanted} within {within_s} s:\n{self.log()}"
+
+    @contextmanager
+    def read_notifications(self) -> Iterator[None]:
+        """Read the notify socket in a thread, as systemd does all the time: else a daemon that says much waits."""
+        ended = threading.Event()
+        self._socket.settimeout(0.2)
+
+        def read() -> None:
+            while not ended.is_set():
+                with suppress(TimeoutError):
+                    lines = self._socket.recv(4096).decode().splitlines()
+                    self.notifications += lines
+                    if "WATCHDOG=1" in lines:
+                        self.watchdog_at = time.monotonic()
+
+        thread = threading.Thread(target=read, name="notifications")
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Send a signal and return the exit code."""

@@ -1,0 +1,224 @@
+"""Run rows, and see what each does to the witnesses and to the process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from benchmarks.faults.bench import WITNESSES, Bench
+from benchmarks.faults.row import Absent, Missed, Outcome, Row
+from benchmarks.measure import Usage, percentile
+
+QUIET_S = 10.0  # before each row
+SHORTEST_S = 8.0  # of a row: a shorter one is watched for so long, or its p99 would be one frame's
+SETTLE_S = 10.0  # for what a row used to be given back
+NUM_AROUND = 2  # runs before and after one, whose quiet times it is held against
+MIN_RATE, MAX_P99 = 0.95, 1.05
+MEMORY_SLACK_MIB = 12.0  # of one row: the allocator keeps what was freed, and its arenas fill at their own pace
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What the witnesses did in an interval."""
+
+    seconds: float
+    num_results: int
+    p99_ms: float  # capture to arrival in the subscriber, of all witnesses together
+    p50_ms: float
+    longest_silence_s: float  # of any witness
+    is_unbroken: bool  # no number was left out, and none of them connected anew
+    latencies_ms: Sequence[float] = field(repr=False)
+
+    @property
+    def frames_per_s(self) -> float:
+        return self.num_results / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One row: what it found by itself, and what it did to everything else."""
+
+    number: int
+    fault: str
+    done: str
+    seconds: float
+    absent: str  # what the machine lacks; empty where the row was run
+    missed: str  # what should have happened and did not; empty where all did
+    outcome: Outcome
+    before: Window
+    during: Window
+    usage_before: Usage
+    usage_after: Usage
+
+    @property
+    def rate_ratio(self) -> float:
+        return self.during.frames_per_s / self.before.frames_per_s
+
+    def leaks(self, memory_slack_mib: float = MEMORY_SLACK_MIB) -> str:
+        """Say what was not given back."""
+        before, after = self.usage_before, self.usage_after
+        grown = [
+            f"{after.descriptors - before.descriptors} descriptors" if after.descriptors > before.descriptors else "",
+            f"{after.threads - before.threads} threads" if after.threads > before.threads else "",
+            f"{after.memory_mib - before.memory_mib:.1f} MiB"
+            if after.memory_mib > before.memory_mib + memory_slack_mib
+            else "",
+        ]
+        return ", ".join(filter(None, grown))
+
+
+def watch(bench: Bench, since: float, until: float) -> Window:
+    """Sum up what the witnesses published in the interval of Unix times."""
+    latencies: list[float] = []
+    silence_s = 0.0
+    unbroken = True
+    for witness in WITNESSES:
+        heard = bench.listener.results(witness, since, until)
+        messages = [one.message for one in heard]
+        latencies += [one.latency_ms for one in heard]
+        marks = [since, *(one.at for one in heard), until]
+        silence_s = max(silence_s, *(later - earlier for earlier, later in pairwise(marks)))
+        unbroken &= all(after.seq == before.seq + 1 for before, after in pairwise(messages))
+        unbroken &= len({message.epoch for message in messages}) == 1
+    return Window(
+        seconds=until - since,
+        num_results=len(latencies),
+        p99_ms=percentile(latencies, 0.99),
+        p50_ms=statistics.median(latencies) if latencies else float("nan"),
+        longest_silence_s=silence_s,
+        is_unbroken=unbroken,
+        latencies_ms=[round(latency, 2) for latency in latencies],
+    )
+
+
+def observe(bench: Bench, row: Row, quiet_s: float = QUIET_S, shortest_s: float = SHORTEST_S) -> Observation:
+    """Run one row between a quiet time and the time that it takes to give everything back."""
+    time.sleep(quiet_s)
+    usage_before = at_least(bench.usage(), bench.resting)
+    began = time.time()
+    before = watch(bench, began - quiet_s, began)
+    outcome, absent, missed = attempt(bench, row)
+    seconds = time.time() - began
+    if not absent:
+        time.sleep(max(0.0, shortest_s - seconds))
+    ended = max(time.time(), began + 1e-3)
+    during = watch(bench, began, ended)
+    usage_after = settle(bench, usage_before)
+    return Observation(
+        row.number, row.fault, row.done, seconds, absent, missed, outcome, before, during, usage_before, usage_after
+    )
+
+
+def at_least(usage: Usage, resting: Usage) -> Usage:
+    """Count what a row before has taken away for a moment, such as the connections to Redis, as if it were there."""
+    return Usage(usage.memory_mib, max(usage.descriptors, resting.descriptors), max(usage.threads, resting.threads))
+
+
+def settle(bench: Bench, wanted: Usage, within_s: float = SETTLE_S) -> Usage:
+    """Wait until the process holds no more descriptors and threads than wanted; return what it holds then."""
+    deadline = time.monotonic() + within_s
+    while (usage := bench.usage()) and (usage.descriptors > wanted.descriptors or usage.threads > wanted.threads):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    return usage
+
+
+def control(bench: Bench) -> Outcome:
+    """nothing"""
+    return Outcome()
+
+
+CONTROL = Row(0, "none: a control", control)
+
+
+def attempt(bench: Bench, row: Row) -> tuple[Outcome, str, str]:
+    """Return what the row found, what the machine lacks for it, and what was missed."""
+    try:
+        return row.run(bench), "", ""
+    except Absent as err:
+        return Outcome(), str(err), ""
+    except Missed as err:
+        return Outcome(), "", str(err)
+    except Exception as err:  # a bug of the row, or a daemon that is gone: the other rows are still wanted
+        return Outcome(), "", f"{type(err).__name__}: {err}"
+
+
+class Rule:
+    """When a row passes. The p99 is held against the quiet times around it, and against what the controls show."""
+
+    def __init__(self, found: Sequence[Observation]) -> None:
+        """`found` is in the order of the runs."""
+        self._found = list(found)
+        self.controls = [one for one in found if one.number == CONTROL.number]
+
+    def reference_ms(self, row: Observation) -> float:
+        """Return the median p99 of the quiet times around a run: of one alone, the noise would count twice."""
+        at = self._found.index(row)
+        around = self._found[max(0, at - NUM_AROUND) : at + NUM_AROUND + 1]
+        return statistics.median(one.before.p99_ms for one in around)
+
+    def ratio(self, row: Observation) -> float:
+        return row.during.p99_ms / self.reference_ms(row)
+
+    @property
+    def p99(self) -> float:
+        """The largest ratio that passes: 1.05, or that of a control, in which nothing was done."""
+        return max(MAX_P99, *(self.ratio(one) for one in self.controls))
+
+    def failure(self, row: Observation) -> str:
+        """Say why a row fails; empty where it passes."""
+        checks = (
+            (not row.missed, row.missed),
+            (row.during.is_unbroken, "another stream lost a message or its connection"),
+            (not row.leaks(), f"kept {row.leaks()}"),
+            (row.rate_ratio >= MIN_RATE, f"the others' frame rate fell to {row.rate_ratio:.0%}"),
+            (self.ratio(row) <= self.p99, f"the others' p99 rose by {self.ratio(row) - 1:.0%}"),
+        )
+        return "; ".join(text for holds, text in checks if not holds)
+
+
+def pooled_p99(found: Sequence[Observation]) -> tuple[float, float]:
+    """Return the others' p99 of all quiet times together, and of all runs of rows together, in ms."""
+    rows = [one for one in found if one.number != CONTROL.number and not one.absent]
+    quiet = [each for one in rows for each in one.before.latencies_ms]
+    under = [each for one in rows for each in one.during.latencies_ms]
+    return percentile(quiet, 0.99), percentile(under, 0.99)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How rows are run."""
+
+    control_every: int = 6  # rows
+    quiet_s: float = QUIET_S  # before each
+    num_tries: int = 3  # of a row that fails by a measure alone
+
+
+def observe_all(bench: Bench, rows: Sequence[Row], plan: Plan, say: Callable[[Observation], None]) -> list[Observation]:
+    """Run all rows, with a control first, last and after every few of them.
+
+    What fails by a measure alone, and did what it must, is run again at the end, since a neighbour's load need not come
+    twice, and a fault's effect does.
+    """
+    found: list[Observation] = []
+
+    def run(row: Row) -> None:
+        found.append(observe(bench, row, plan.quiet_s))
+        say(found[-1])
+
+    for index, row in enumerate(rows):
+        if index % plan.control_every == 0:
+            run(CONTROL)
+        run(row)
+    run(CONTROL)
+    for _ in range(plan.num_tries - 1):
+        rule = Rule(found)
+        last = {one.number: one for one in found}
+        again = [row for row in rows if not last[row.number].missed and rule.failure(last[row.number])]
+        for row in again:
+            run(row)
+    return found

@@ -1,0 +1,53 @@
+"""A row of the catalogue of faults, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.faults.bench import Bench
+
+
+class Missed(Exception):
+    """What must happen did not: the row fails. The message says what was seen instead."""
+
+
+class Absent(Exception):
+    """The machine lacks what a row needs; the message says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a row that did not fail has to tell."""
+
+    recovered_s: float | None = None  # from the fault's end to the next result; None where there is nothing to recover
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One fault. What is done about it is in the docstring of `run`, which raises Missed or Absent."""
+
+    number: int
+    fault: str
+    run: Callable[[Bench], Outcome]
+    brief: Callable[[Bench], Outcome] | None = None  # a shorter form of it for the tests and the soak
+    in_ci: bool = False  # the representative third that the tests run
+    in_soak: bool = False  # short, and leaves everything as it was
+
+    def shortened(self) -> Row:
+        """Give the row in its shorter form, where it has one."""
+        return replace(self, run=self.brief or self.run)
+
+    @property
+    def done(self) -> str:
+        """Say what is done, in one line."""
+        return " ".join((self.run.__doc__ or "").split())
+
+
+def expect(holds: object, otherwise: str) -> None:
+    """Raise Missed with `otherwise` unless it holds."""
+    if not holds:
+        raise Missed(otherwise)
