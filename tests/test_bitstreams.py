@@ -32,6 +32,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
         "4:2:2": write_clip(folder / "422.mp4", 50, gop=25, pixel_format="yuv422p"),
         "interlaced": write_clip(folder / "i.mp4", 50, gop=25, options={"x264-params": "interlaced=1"}),
         "long group": write_clip(folder / "long.mp4", 300, gop=300),
+        "10 fps": write_clip(folder / "10fps.mp4", 20, gop=10, fps=10),
         "1 fps": write_clip(folder / "1.mp4", 20, gop=5, fps=1),
     }
 
@@ -104,6 +105,15 @@ def test_a_rate_is_what_the_time_stamps_say_and_not_what_is_claimed(
     else:
         assert steps == pytest.approx(step_s, rel=0.01)
     assert seen.last.dropped == 0
+
+
+def test_a_rate_that_changes_in_mid_stream_costs_no_frame(clips: Mapping[str, Path]) -> None:
+    faults = Bitstream(then=clips["10 fps"], then_after=25)
+    seen = watch(Camera(clips["h264"], bitstream=faults), 40)
+    assert_clean(seen)
+    steps = np.diff([frame.pts_s for frame in seen.frames])
+    assert steps == pytest.approx([0.04] * 25 + [0.1] * 14, abs=0.001)
+    assert (seen.epochs, seen.last.dropped, seen.last.reconnects) == ([0], 0, 0)
 
 
 @pytest.mark.parametrize("faults", [Bitstream(claimed_fps=5, speed=2), Bitstream(claimed_fps=500, speed=2)])
