@@ -103,7 +103,7 @@ def load(
     try:
         inputs = trial.Inputs.blank(spec, device, dtype)
     except (RuntimeError, AssertionError) as err:  # a torch that was built without CUDA asserts
-        raise ModelError(f"{path}: cannot be loaded onto the device {device}: {_last_line(err)}") from err
+        raise ModelError(f"{path}: cannot be loaded onto the device {device}: {last_line(err)}") from err
     module = _load_module(path, device).to(dtype)
     if optimized:
         module = optimize(module)
@@ -113,7 +113,7 @@ def load(
     except RuntimeError as err:
         raise ModelError(
             f"{path}: the model failed on images of shape {list(inputs.images.shape)}, the input_size of its "
-            f"{SPEC_FILE}: {_last_line(err)}. Export the model again"
+            f"{SPEC_FILE}: {last_line(err)}. Export the model again"
         ) from err
     return module, spec
 
@@ -154,7 +154,7 @@ def _trace(network: nn.Module, spec: ModelSpec, path: Path) -> bytes:
             output = trial.run(network, inputs, spec, path)
         except RuntimeError as err:
             raise ModelError(
-                f"{path}: the network does not accept images of shape {list(inputs.images.shape)}: {_last_line(err)}"
+                f"{path}: the network does not accept images of shape {list(inputs.images.shape)}: {last_line(err)}"
             ) from err
         arguments = {"forward": inputs.forward, **inputs.of_methods(spec, output)}
         with _torch_jit(), FreshCasts():
@@ -177,7 +177,7 @@ def _compare(network: nn.Module, written: Path, spec: ModelSpec, path: Path) -> 
             except RuntimeError as err:
                 raise ModelError(
                     f"{path}: not written: traced with 2 images, the network fails with {num_images} "
-                    f"({_last_line(err)}); its forward must not depend on the batch size"
+                    f"({last_line(err)}); its forward must not depend on the batch size"
                 ) from err
         for name, tensor in expected.items():
             _check_equal(name, output[name], tensor, f"{path}: not written: with {num_images} image(s)")
@@ -203,7 +203,7 @@ def _load_module(path: Path, device: torch.device | str) -> torch.jit.ScriptModu
             module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location=device)
     except (RuntimeError, ValueError, OSError) as err:
         raise ModelError(
-            f"{path}: the model cannot be loaded: {_last_line(err)}. "
+            f"{path}: the model cannot be loaded: {last_line(err)}. "
             "The file is probably damaged: copy it or export it again"
         ) from err
     module.eval()
@@ -273,7 +273,7 @@ def _check_spec(spec: ModelSpec, path: Path) -> None:
         raise ModelError(f"{path}: its {SPEC_FILE} is wrong: {wrong}. Export the model again")
 
 
-def _last_line(err: Exception) -> str:
+def last_line(err: Exception) -> str:
     """Shorten an error of torch, which carries a stack of C++ or TorchScript frames, to what it says."""
     lines = [line.strip() for line in str(err).splitlines() if line.strip()]
     said = [line for line in lines if line.startswith(("RuntimeError:", "Error:"))]

@@ -28,10 +28,11 @@ from streamd.control_messages import (
 )
 from streamd.device_errors import is_device_lost
 from streamd.errors import ConfigError, StreamdError
-from streamd.hard_end import ending_within
+from streamd.hard_end import end_within, no_end_after
 from streamd.lane import Lane
 from streamd.metrics.collector import Observed
 from streamd.metrics.exporter import Exporter
+from streamd.models import artifact
 from streamd.notify import Notifier, watchdog_s
 from streamd.pipeline import Pipeline
 from streamd.publishers import Publishers
@@ -76,15 +77,14 @@ class Daemon:
 
     def run(self) -> int:
         """Return the exit code. Raises ConfigError, ModelError or PublishError before anything is started."""
-        with self._signals(), self._exporter:
+        with no_end_after(), self._signals(), self._exporter:
             self._open_control()
             try:
                 pipeline = self._start()
                 try:
                     self._main_loop(pipeline)
                 finally:
-                    with ending_within(SHUTDOWN_DEADLINE_S + _HARD_END_S):
-                        self._shut_down(pipeline)
+                    self._shut_down(pipeline)
             finally:
                 if self._control:
                     self._control.stop()
@@ -194,7 +194,8 @@ class Daemon:
 
     def _on_failure(self, lane: Lane, err: Exception) -> None:
         """Have a failing version rolled back; until then its frames go to the version before."""
-        self._reloader.ask(lambda: self._go_back(lane.name, f"it failed: {err}", lane), is_urgent=True)
+        why = f"it failed: {artifact.last_line(err)}"
+        self._reloader.ask(lambda: self._go_back(lane.name, why, lane), is_urgent=True)
 
     def _make_control(self, is_service: bool) -> ControlServer | None:
         control = self._config.control
@@ -231,6 +232,7 @@ class Daemon:
 
     def _shut_down(self, pipeline: Pipeline) -> None:
         """Stop reading, let the models finish what waits, then send what is queued."""
+        end_within(SHUTDOWN_DEADLINE_S + _HARD_END_S)
         logger.info("stopping: %s", self._stop_reason or "crashed")
         self._observed.ready = False
         self._notifier.send("STOPPING=1", "STATUS=draining")
@@ -247,6 +249,7 @@ class Daemon:
 
     def _on_crash(self, err: Exception) -> None:
         self._crashed = True
+        end_within(SHUTDOWN_DEADLINE_S + _HARD_END_S)  # the main thread may hang as well, and never shut down
         cause = "the GPU is lost to this process" if is_device_lost(err) else "a bug"
         self.stop(f"{cause}: {type(err).__name__}: {err}")
 

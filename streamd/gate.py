@@ -20,6 +20,7 @@ from streamd.errors import ModelError, StreamdError
 from streamd.infer import Model
 from streamd.lane import Lane
 from streamd.messages import Frame, Result
+from streamd.models import artifact
 from streamd.models.spec import ModelSpec
 from streamd.runner import Runner
 
@@ -147,7 +148,7 @@ def _see(runner: Runner, result: Result, old: ModelSpec, new: ModelSpec) -> Agre
     except Exception as err:
         if is_device_lost(err):
             raise
-        raise ModelError(f"it fails on {_described(frame)}: {err}") from err
+        raise ModelError(f"it fails on {_described(frame)}: {artifact.last_line(err)}") from err
     if num_senseless:
         raise ModelError(f"it gives nothing but NaN and infinity on {_described(frame)}")
     return compare(result.detections, old, seen, new)

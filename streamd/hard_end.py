@@ -18,9 +18,8 @@ def end_within(seconds: float) -> None:
 
 
 @contextmanager
-def ending_within(seconds: float) -> Iterator[None]:
-    """Bound what is done in this context."""
-    end_within(seconds)
+def no_end_after() -> Iterator[None]:
+    """Take back, at the end of this context, what `end_within` was told in it."""
     try:
         yield
     finally:

@@ -89,7 +89,9 @@ class Model:
             with torch.inference_mode():
                 return artifact.forward(self._module, self.spec, images, sizes)
         except RuntimeError as err:
-            raise ModelError(f"{self.path}: forward failed on images of shape {list(images.shape)}: {err}") from err
+            raise ModelError(
+                f"{self.path}: forward failed on images of shape {list(images.shape)}: {artifact.last_line(err)}"
+            ) from err
 
     def masks(self, features: Sequence[torch.Tensor], boxes: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return mask probabilities [B, N, S, S] of boxes [B, N, 4] in input pixels, each for its label [B, N]."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
+import zipfile
+import zlib
 from pathlib import Path
 
 from streamd.config import ModelConfig
@@ -31,6 +33,7 @@ class ModelFile:
         if config.sha256 is not None:
             _check_hash(self.named, config.sha256)
         self.path = weights.resolve(self.named)
+        _check_whole(self.path)
         try:
             self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as err:
@@ -77,6 +80,17 @@ def _check_hash(path: Path, wanted: str) -> None:
             f"{path}: its sha256 is {found}, and the configuration wants {wanted}: this is another file than the one "
             "that was meant, or it is damaged"
         )
+
+
+def _check_whole(path: Path) -> None:
+    """Compare the checksums in the file, which torch does not look at: a wrong weight would only detect worse."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except (OSError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as err:
+        raise ModelError(f"{path}: the file is damaged ({err}); copy it or export it again") from err
+    if wrong is not None:
+        raise ModelError(f"{path}: the file is damaged: the checksum of {wrong} is wrong; copy it or export it again")
 
 
 def _identity(path: Path) -> Identity:

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from streamd.changes import difference
-from streamd.config import Config
 from streamd.errors import ConfigError, ModelError
 from streamd.lane import Lane
-from streamd.messages import RawOutput, Result
-from streamd.metrics.readings import ModelReading
-from streamd.pipeline import Pipeline
+from streamd.messages import RawOutput
 from tests.clips import write_clip
+from tests.two_films import NUM_FRAMES, STREAMS, WITHIN_S, TwoFilms
 from tests.versions import Squares, write_version
-
-WITHIN_S = 60.0
-NUM_FRAMES = 240
-STREAMS = ("one", "two")
 
 
 @pytest.fixture(scope="module")
@@ -43,119 +33,17 @@ def new_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_version(tmp_path_factory.mktemp("models") / "new.pt", "b" * 64, Squares(shift=1))
 
 
-class Site:
-    """Two films through one pipeline, at the model's pace; results are noted, and some frames wait to be let on.
-
-    They wait in the worker, where no lock is held.
-    """
-
-    def __init__(self, model: Path, clip: Path, **settings: Any) -> None:
-        self.clip = clip
-        self.settings = {"workers": 1, "threads": 1, "max_batch": 2, **settings}
-        self.config = self.configured(model)
-        self.results: dict[str, list[Result]] = defaultdict(list)
-        self.crashes: list[Exception] = []
-        self.failures: list[tuple[Lane, Exception]] = []
-        self.has_failed = threading.Event()
-        self.is_over = threading.Event()
-        self._reached: dict[int, threading.Event] = defaultdict(threading.Event)
-        self._may_pass: dict[int, threading.Event] = {}
-        self.pipeline = Pipeline(
-            self.config,
-            self._deliver,
-            on_crash=self._on_crash,
-            on_end=self.is_over.set,
-            on_failure=self._on_failure,
-        )
-        self.pipeline.warm_up()
-        self._watch(self.pipeline.lanes)
-
-    def configured(self, model: Path, **settings: Any) -> Config:
-        model_tree = {"path": str(model), "gate": None, **self.settings, **settings}
-        streams = {name: {"url": str(self.clip), "pace": "fast"} for name in STREAMS}
-        return Config.model_validate({"models": {"m": model_tree}, "streams": streams})
-
-    def hold_at(self, *seqs: int) -> None:
-        """Let the worker that comes to these frames of the first stream wait for `let_on`."""
-        self._may_pass = {seq: threading.Event() for seq in seqs}
-
-    def wait_for(self, seq: int) -> None:
-        assert self._reached[seq].wait(WITHIN_S)
-
-    def let_on(self, seq: int) -> None:
-        self._may_pass[seq].set()
-
-    def swap(self, model: Path, spoil: Callable[[Lane], None] = lambda lane: None, **settings: Any) -> None:
-        config = self.configured(model, **settings)
-        changes = difference(self.config, config, self.pipeline.replaced(config))
-        prepared = self.pipeline.prepare(config, changes)
-        for lane in prepared.lanes["m"]:
-            spoil(lane)
-        self._watch(prepared.lanes["m"])
-        self.pipeline.apply(prepared, changes)
-        self.config = config
-
-    def roll_back(self, why: str = "asked for") -> None:
-        prepared = self.pipeline.prepare_rollback("m")
-        self._watch(prepared.lanes["m"])
-        self.pipeline.roll_back("m", prepared, why)
-
-    def finish(self) -> None:
-        assert self.is_over.wait(WITHIN_S)
-        self.pipeline.close_intake()
-        assert self.pipeline.drain(WITHIN_S) == []
-        assert self.pipeline.join_sources(WITHIN_S) == []
-
-    def assert_nothing_lost(self) -> None:
-        assert self.crashes == []
-        for name in STREAMS:
-            assert [result.frame.seq for result in self.results[name]] == list(range(NUM_FRAMES))
-            assert {result.dropped for result in self.results[name]} == {0}
-            assert all(len(result.detections) == 2 for result in self.results[name])
-
-    def versions(self, stream: str) -> list[str]:
-        """Name the versions that saw the stream, one after the other."""
-        specs = [result.spec for result in self.results[stream]]
-        return [name for name, _ in groupby(spec.name for spec in specs if spec is not None)]
-
-    def reading(self) -> ModelReading:
-        return self.pipeline.model("m")
-
-    def _watch(self, lanes: Sequence[Lane]) -> None:
-        for lane in lanes:
-            lane.tap = self._see
-
-    def _see(self, result: Result) -> None:
-        if result.frame.stream == STREAMS[0]:
-            self._reached[result.frame.seq].set()
-            if gate := self._may_pass.get(result.frame.seq):
-                assert gate.wait(WITHIN_S)
-
-    def _deliver(self, result: Result) -> None:
-        self.results[result.frame.stream].append(result)
-
-    def _on_crash(self, err: Exception) -> None:
-        self.crashes.append(err)
-        self.is_over.set()
-
-    def _on_failure(self, lane: Lane, err: Exception) -> None:
-        self.failures.append((lane, err))
-        self.has_failed.set()
-
-
 @pytest.fixture
-def make_site(old_file: Path, clip: Path) -> Iterator[Callable[..., Site]]:
-    made: list[Site] = []
+def make_site(old_file: Path, clip: Path) -> Iterator[Callable[..., TwoFilms]]:
+    made: list[TwoFilms] = []
 
-    def make(**settings: Any) -> Site:
-        made.append(Site(old_file, clip, **settings))
+    def make(**settings: Any) -> TwoFilms:
+        made.append(TwoFilms(old_file, clip, **settings))
         return made[-1]
 
     yield make
     for site in made:
-        site.pipeline.close_intake()
-        site.pipeline.drain(WITHIN_S)
-        site.pipeline.join_sources(WITHIN_S)
+        site.stop()
 
 
 def fails(lane: Lane, after: int, kind: str) -> None:
@@ -178,7 +66,7 @@ def fails(lane: Lane, after: int, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["raises", "nan", "out of memory"])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_version_that_fails_on_probation_loses_no_frame_and_is_rolled_back(
-    make_site: Callable[..., Site], new_file: Path, kind: str, workers: int
+    make_site: Callable[..., TwoFilms], new_file: Path, kind: str, workers: int
 ) -> None:
     site = make_site(workers=workers)
     site.hold_at(20)
@@ -205,7 +93,7 @@ def test_a_version_that_fails_on_probation_loses_no_frame_and_is_rolled_back(
 
 
 def test_a_version_that_fails_while_nobody_can_roll_it_back_loses_no_frame(
-    make_site: Callable[..., Site], new_file: Path
+    make_site: Callable[..., TwoFilms], new_file: Path
 ) -> None:
     site = make_site()
     site.hold_at(20)
@@ -219,7 +107,7 @@ def test_a_version_that_fails_while_nobody_can_roll_it_back_loses_no_frame(
 
 
 def test_a_version_is_rolled_back_on_demand_at_once_or_from_its_file_after_the_probation(
-    make_site: Callable[..., Site], new_file: Path
+    make_site: Callable[..., TwoFilms], new_file: Path
 ) -> None:
     site = make_site()
     site.hold_at(20, 60, 100, 140)
@@ -255,7 +143,7 @@ def test_a_version_is_rolled_back_on_demand_at_once_or_from_its_file_after_the_p
 
 
 def test_the_probation_ends_with_its_time_and_after_a_batch_that_went_well(
-    make_site: Callable[..., Site], new_file: Path
+    make_site: Callable[..., TwoFilms], new_file: Path
 ) -> None:
     site = make_site(probation_s=0.001)
     site.hold_at(20, 60)
@@ -279,7 +167,7 @@ def test_a_file_that_is_replaced_under_its_name_is_a_new_version_and_the_one_bef
     clip: Path, tmp_path: Path
 ) -> None:
     path = write_version(tmp_path / "m.pt", "a" * 64, name="first")
-    site = Site(path, clip, probation_s=0)
+    site = TwoFilms(path, clip, probation_s=0)
     site.hold_at(20, 60)
     site.pipeline.start()
     site.wait_for(20)
