@@ -158,7 +158,8 @@ class Postprocessor:
         assert self.heads is not None
         points = ops.locate_keypoints(self.heads.keypoints(raw.features, boxes), boxes)
         scale, origin = (placements[:, None, None, column : column + 2] for column in (0, 2))
-        return torch.cat(((points[..., :2] - origin) / scale, points[..., 2:]), dim=-1)
+        scores = points[..., 2:].nan_to_num(nan=0.0, posinf=1.0, neginf=0.0)  # JSON knows no NaN and no infinity
+        return torch.cat(((points[..., :2] - origin) / scale, scores), dim=-1)
 
     def _charts(self, raw: RawOutput, boxes: Tensor, table: Tensor) -> Tensor | None:
         """Return the charts of boxes in input pixels, where the model has such."""

@@ -96,7 +96,8 @@ def test_a_gpu_that_is_lost_ends_the_daemon_though_another_version_stands_by(sit
     site.pipeline.start()
     site.wait_for(20)
     new = write_version(tmp_path / "new.pt", "b" * 64)
-    site.swap(new, lambda lane: Spoiled(lane, LOST, fits=0) and None)
+    models: list[Spoiled] = []
+    site.swap(new, lambda lane: models.append(Spoiled(lane, LOST, fits=0)))
     site.let_on(20)
     assert site.is_over.wait(30)
     assert site.crashes == [LOST] and site.failures == []

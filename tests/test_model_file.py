@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -82,7 +83,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.fixture(params=WRONG)
-def wrong(request: pytest.FixtureRequest, good: Path, tmp_path: Path) -> tuple[Path, dict[str, str], str]:
+def wrong(request: pytest.FixtureRequest, good: Path, tmp_path: Path) -> tuple[Path, dict[str, Any], str]:
     """Give a file, the keys of its model, and what must be said of it."""
     path = tmp_path / "wrong.pt"
     shutil.copy(good, path)
@@ -93,7 +94,7 @@ def wrong(request: pytest.FixtureRequest, good: Path, tmp_path: Path) -> tuple[P
 
 
 def test_a_daemon_that_starts_with_a_wrong_file_says_so_once_and_exits_with_78(
-    wrong: tuple[Path, dict[str, str], str], tmp_path: Path
+    wrong: tuple[Path, dict[str, Any], str], tmp_path: Path
 ) -> None:
     path, keys, complaint = wrong
     config = Config.model_validate(
@@ -128,7 +129,7 @@ def running(good: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tw
 
 
 def test_a_running_daemon_keeps_its_model_and_publishes_what_is_wrong_with_the_new_file(
-    wrong: tuple[Path, dict[str, str], str], running: TwoFilms
+    wrong: tuple[Path, dict[str, Any], str], running: TwoFilms
 ) -> None:
     path, keys, complaint = wrong
     before = running.pipeline.lanes

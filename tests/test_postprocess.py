@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco
 from torch import Tensor
 
+from streamd import wire
+from streamd.announce import detections_message
 from streamd.gpu.mask_reference import paste_prototypes
-from streamd.messages import Batch, Detections, Frame, Picture, RawOutput, Rle, Stamp
+from streamd.messages import Batch, Detections, Frame, Picture, RawOutput, Result, Rle, Stamp
 from streamd.models.contract import pack
 from streamd.models.spec import DensePoseRule, KeypointRule, MaskRule, ModelSpec, NmsRule, PanopticRule, ResizeRule
-from streamd.postprocess import place, postprocess
+from streamd.postprocess import Postprocessor, place, postprocess
 from streamd.wire import Mask
+from tests.fakes import NO_TIMES
 
 SPEC = ModelSpec(
     name="any",
@@ -375,3 +378,97 @@ def test_semantic_segments_cover_the_frame_with_the_labels_that_are_wanted() -> 
     assert len(found) == 0 and found.segments is not None and wanted.segments is not None
     assert [(one.label, one.is_thing, one.area) for one in found.segments] == [(0, False, 3072), (2, False, 3072)]
     assert [one.label for one in wanted.segments] == [2]
+
+
+class SenselessHeads(FakeHeads):
+    """Say one value about everything."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def masks(self, features: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
+        return torch.full_like(super().masks(features, boxes, labels), self.value)
+
+    def keypoints(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
+        return torch.full_like(super().keypoints(features, boxes), self.value)
+
+    def densepose(self, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
+        return torch.full_like(super().densepose(features, boxes), self.value)
+
+
+def as_read_by_a_subscriber(found: Detections, shown: Frame, spec: ModelSpec) -> wire.DetectionsMessage:
+    result = Result(shown, found, NO_TIMES, 0, "m")
+    message = detections_message(result, 0, spec.labels, "", spec.semantic_labels)
+    return wire.decode(wire.encode(message), "detections")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, -1e30])
+def test_whatever_the_second_stage_says_a_subscriber_can_read_it(value: float) -> None:
+    spec = msgspec.structs.replace(TWO_STAGES, task="densepose", densepose=SURFACE)
+    batch = batch_of((48, 16), (48, 16))
+    for found, shown in zip(
+        postprocess(two_objects(), batch, spec, RULE, heads=SenselessHeads(value)), batch.frames, strict=True
+    ):
+        message = as_read_by_a_subscriber(found, shown, spec)
+        assert len(message.objects) == len(found)
+        for one in message.objects:
+            assert one.mask is not None and one.mask.decode().shape == (16, 48)
+            assert one.keypoints is not None and all(0 <= score <= 1 for _, _, score in one.keypoints)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_whatever_is_said_of_the_pixels_segments_stay_within_the_frame_and_can_be_read(value: float) -> None:
+    raw = replace(two_objects(), semantic=torch.full((2, 3, 16, 24), value))
+    batch = batch_of((96, 64), (96, 64))
+    for found, shown in zip(
+        postprocess(raw, batch, PANOPTIC, RULE, heads=SenselessHeads(value)), batch.frames, strict=True
+    ):
+        segments = as_read_by_a_subscriber(found, shown, PANOPTIC).segments
+        assert segments is not None and sum(segment.area for segment in segments) <= 96 * 64
+
+
+def test_masks_over_all_of_a_frame_are_right_and_small() -> None:
+    raw = RawOutput(
+        torch.tensor([[[-1e30, -1e30, 1e30, 1e30]]]).expand(1, 20, 4),
+        torch.full((1, 20, 3), 0.9),
+        torch.full((1, 1, 16, 24), 9.0),
+        torch.ones(1, 20, 1),
+    )
+    batch = batch_of((1280, 720))
+    (found,) = postprocess(raw, batch, SPEC, msgspec.structs.replace(RULE, iou_threshold=1.0))
+    assert_well_formed(found, 1280, 720, RULE.max_detections)
+    assert len(found) == RULE.max_detections and found.masks is not None
+    for mask in found.masks:
+        assert coco.area({"size": [720, 1280], "counts": mask.counts}) == 1280 * 720
+    message = as_read_by_a_subscriber(found, batch.frames[0], SPEC)
+    assert len(wire.encode(message)) < 5000
+
+
+def test_boxes_without_area_are_no_detections_among_those_that_have_one() -> None:
+    boxes = torch.tensor([[[10.0, 10, 10, 30], [10, 10, 30, 10], [30, 30, 10, 10], [10, 10, 30, 30]]])
+    (found,) = postprocess(RawOutput(boxes, torch.full((1, 4, 3), 0.9)), batch_of((96, 64)), SPEC, RULE)
+    np.testing.assert_array_equal(found.boxes, [[10, 10, 30, 30]])
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "is_sane"),
+    [
+        ({}, True),
+        ({"boxes": math.nan}, False),
+        ({"boxes": math.inf}, False),
+        ({"scores": math.nan}, False),
+        ({"scores": -math.inf}, True),  # no candidate takes part
+    ],
+)
+def test_an_image_of_which_nothing_but_nan_is_said_is_told_from_an_empty_one(
+    spoilt: dict[str, float], is_sane: bool
+) -> None:
+    raw, batch = random_output(4, 2, 30), batch_of((75, 50), (30, 60))
+    for name, value in spoilt.items():
+        getattr(raw, name)[0] = value
+    processor = Postprocessor(SPEC, RULE)
+    assert processor.reduce(raw, place(batch.frames, batch.letterboxes)).sane.tolist() == [is_sane, True]
+    nothing = replace(raw, boxes=raw.boxes[:, :0], scores=raw.scores[:, :0])
+    nothing = replace(nothing, coefficients=None, prototypes=None)
+    assert processor.reduce(nothing, place(batch.frames, batch.letterboxes)).sane.tolist() == [True, True]
