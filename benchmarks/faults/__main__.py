@@ -56,16 +56,16 @@ def main(
 ) -> None:
     """Run the catalogue of faults against a daemon."""
     with running_bench() as bench:
-        found = observe_all(bench, chosen(rows), QUICK if quick else Plan(), show)
-    rule = Rule(found)
+        for found in observe_all(bench, chosen(rows), QUICK if quick else Plan(), show):
+            rule = Rule(found)
+            if not rows:
+                page.write(found, rule, describe_machine(sys.argv[1:], "benchmarks.faults", PACKAGES))
+                say(f"written: {page.PAGE.relative_to(ROOT)}, {page.RESULT.relative_to(ROOT)}")
     say(f"controls: p99 {', '.join(f'{rule.ratio(one):.0%}' for one in rule.controls)}")
     failures = {one.number: rule.failure(one) for one in page.last_tries(found) if not one.absent}
     for number, failure in failures.items():
         if failure:
             say(f"row {number} fails: {failure}", "red")
-    if not rows:
-        page.write(found, rule, describe_machine(sys.argv[1:], "benchmarks.faults", PACKAGES))
-        say(f"written: {page.PAGE.relative_to(ROOT)}, {page.RESULT.relative_to(ROOT)}")
     raise typer.Exit(1 if any(failures.values()) else 0)
 
 
