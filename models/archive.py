@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import pickletools
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ MAX_COMPRESSED_BYTES = 64 << 20  # of a file's compressed entries, once unpacked
 MAX_PICKLE_BYTES = 16 << 20  # of a description of an archive's tensors; that of 700 of them has 90 kB
 MAX_ENTRIES = 200_000
 MAX_NAME = 255  # characters of an entry's name; torch's reader cuts longer ones
+
+# What zipfile raises, beside its own error, for names that are no text and entries that are cut or wrong.
+DAMAGE = (RuntimeError, NotImplementedError, ValueError, LookupError, EOFError, struct.error, zlib.error)
 
 _ITEM_BYTES = {
     **dict.fromkeys(("Byte", "Char", "Bool"), 1),
@@ -43,7 +48,7 @@ def check_sizes(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as err:
+    except (zipfile.BadZipFile, *DAMAGE) as err:
         raise ModelError(f"{path}: cannot be read as a zip archive: {err}") from err
     except OSError as err:
         raise ModelError(f"{path}: cannot be read: {err.strerror or err}") from err

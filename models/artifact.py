@@ -77,7 +77,7 @@ def read_spec(path: Path) -> ModelSpec:
     content = _read_spec_file(path)
     try:
         spec = msgspec.json.decode(content, type=ModelSpec)
-    except msgspec.MsgspecError as err:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as err:
         raise ModelError(
             f"{path}: its {SPEC_FILE} is not understood ({err}); it may come from another version of streamd. "
             "Export the model again with this one"
@@ -240,7 +240,7 @@ def _read_spec_file(path: Path) -> bytes:
         raise ModelError(f"{path}: no such file; make one with: {export_command()}") from err
     except zipfile.BadZipFile as err:
         raise ModelError(f"{path}: {_describe_foreign(path)}") from err
-    except (OSError, RuntimeError, NotImplementedError) as err:
+    except (OSError, *archive.DAMAGE) as err:
         raise ModelError(f"{path}: cannot read the model: {err}") from err
     if any(name.endswith("/data.pkl") for name in names) and not any("/code/" in name for name in names):
         raise ModelError(f"{path}: this is a checkpoint; make an artifact with: {export_command(path)}")

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from streamd.errors import ModelError
 from streamd.messages import RawOutput
-from streamd.models.spec import ModelSpec
+from streamd.models.spec import DensePoseRule, ModelSpec
 
 SCHEMA = 1
+MAX_SIDE = 8192  # input pixels
 
 # The rules that a task needs, of ModelSpec's fields; those that it may have besides.
 _RULES: Mapping[str, tuple[set[str], set[str]]] = {
@@ -35,8 +36,8 @@ def describe_wrong_spec(spec: ModelSpec) -> str | None:
         return f"schema is {spec.schema}, this streamd reads {SCHEMA}"
     if not spec.labels:
         return "labels is empty"
-    if min(spec.input_size) < 1:
-        return f"input_size is {list(spec.input_size)}, both must be positive"
+    if not 1 <= min(spec.input_size) <= max(spec.input_size) <= MAX_SIDE:
+        return f"input_size is {list(spec.input_size)}, both must be positive, and at most {MAX_SIDE}"
     if spec.size_multiple < 1 or any(side % spec.size_multiple for side in spec.input_size):
         return f"input_size is {list(spec.input_size)}, both must be multiples of size_multiple {spec.size_multiple}"
     if 0.0 in spec.std:
@@ -45,16 +46,20 @@ def describe_wrong_spec(spec: ModelSpec) -> str | None:
         return f"task is {spec.task!r} without a rule for {', '.join(sorted(missing))}"
     if unused := present - needed - allowed:
         return f"task is {spec.task!r} with a rule for {', '.join(sorted(unused))}"
-    if (rule := spec.densepose) and not (1 <= rule.num_parts <= 255 and rule.num_coarse >= 2 and rule.up_scale >= 1):
+    if (rule := spec.densepose) and not _is_sound(rule):
         return (
             f"densepose has num_parts {rule.num_parts}, num_coarse {rule.num_coarse} and up_scale {rule.up_scale}; "
-            "want 1 to 255, at least 2, at least 1"
+            "want 1 to 255, 2 to 255, 1 to 16"
         )
     if spec.resize.kind == "shortest_edge" and not 1 <= spec.resize.min_size <= spec.resize.max_size:
         return f"resize has min_size {spec.resize.min_size} and max_size {spec.resize.max_size}"
     if spec.sized and spec.resize.anchor != "top_left":
         return "a sized model needs its pictures at the top left"
     return None
+
+
+def _is_sound(rule: DensePoseRule) -> bool:
+    return 1 <= rule.num_parts <= 255 and 2 <= rule.num_coarse <= 255 and 1 <= rule.up_scale <= 16
 
 
 def check_output(output: object, spec: ModelSpec, num_images: int, path: Path) -> None:

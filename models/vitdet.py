@@ -17,6 +17,7 @@ from typing import Literal
 import msgspec
 from torch import Tensor
 
+from streamd.bounded import read_bytes
 from streamd.errors import ModelError
 from streamd.models.anchors import AnchorGrid
 from streamd.models.box_head import BoxHeadConfig
@@ -32,6 +33,7 @@ from streamd.models.vit import Vit, VitConfig
 
 # Of the stages of a cascade; a single stage has the first.
 BOX_WEIGHTS = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
+_MAX_BYTES = 1 << 20  # of a description
 _BOX_HEAD = "roi_heads.box_head"
 _MASK_HEAD = "roi_heads.mask_head"
 
@@ -127,10 +129,10 @@ class _Weights:
 def read(path: Path) -> Architecture:
     """Read the JSON file that describes a checkpoint. Raises ModelError."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Architecture)
+        return msgspec.json.decode(read_bytes(path, _MAX_BYTES), type=Architecture)
     except OSError as err:
         raise ModelError(f"{path}: cannot be read: {err}") from err
-    except msgspec.MsgspecError as err:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as err:
         raise ModelError(f"{path}: not a description of ViTDet: {err}") from err
 
 

@@ -16,7 +16,7 @@ from streamd.errors import ConfigError
 from streamd.redact import redact
 from streamd.yaml_tree import Place, YamlTree
 
-_MAX_BYTES = 4 << 20
+_MAX_BYTES = 1 << 20  # PyYAML takes its time: some seconds for so much
 _MAX_SHOWN = 80  # characters of a wrong value
 
 AsWritten = Callable[[Place], Place]  # where a value stands in the file that was merged to another place

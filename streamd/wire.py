@@ -23,9 +23,16 @@ if TYPE_CHECKING:
 
 SCHEMA: Literal[1] = 1  # raised only when an old client would misread a message; a new field does not raise it
 
+MAX_PAYLOAD_BYTES = 64 << 20  # of a message; one of a thousand masks has 1 MB
+MAX_PIXELS = 1 << 27  # of a frame: a message that says more would have the reader make room for them
+
 Kind = Literal["detections", "status"]
 Format = Literal["json", "msgpack"]
 KINDS: tuple[Kind, ...] = ("detections", "status")
+
+_MAX_LABEL = 1024  # characters
+_MAX_INT = 2**63 - 1  # what numpy takes
+_Id = Annotated[int, Meta(ge=-_MAX_INT, le=_MAX_INT)]
 
 Point = Annotated[
     tuple[float, float, float],
@@ -41,15 +48,17 @@ class Mask(Struct, frozen=True, kw_only=True):
     counts: Annotated[str, Meta(description="COCO's compressed run lengths, column by column")]
 
     def decode(self) -> np.ndarray:
-        """Return the mask as bool [height, width]; raise WireError where the run lengths are damaged.
+        """Return the mask as bool [height, width]; raise WireError where the size or the run lengths are damaged.
 
         pycocotools would leave pixels that no run covers uninitialised.
         """
         import numpy as np
 
         height, width = self.size
+        if min(height, width) < 0 or height * width > MAX_PIXELS:
+            raise WireError(f"damaged mask: its size is {height} x {width}, want {MAX_PIXELS} pixels at most")
         runs = np.array(_run_lengths(self.counts), dtype=np.int64)
-        if runs.min(initial=0) < 0 or runs.sum() != height * width:
+        if runs.sum() != height * width:
             raise WireError(f"damaged mask: the run lengths do not add up to {height} x {width} pixels")
         columns = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height)
         return np.ascontiguousarray(columns.T)
@@ -83,9 +92,9 @@ class SurfaceChart(Struct, frozen=True, kw_only=True):
 class DetectedObject(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One object of a frame; what the model's task does not give is left out."""
 
-    id: Annotated[int | None, Meta(description="track id, unique within the stream and epoch")] = None
+    id: Annotated[_Id | None, Meta(description="track id, unique within the stream and epoch")] = None
     label: str
-    label_id: Annotated[int, Meta(ge=0, description="index into the model's labels")]
+    label_id: Annotated[int, Meta(ge=0, le=_MAX_INT, description="index into the model's labels")]
     score: Annotated[float, Meta(description="0..1")]
     box: Annotated[tuple[float, float, float, float], Meta(description="x1, y1, x2, y2 in source pixels")]
     mask: Mask | None = None
@@ -152,8 +161,11 @@ class DetectionsMessage(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def captured_at_s(self) -> float:
-        """When the frame was taken, Unix time in seconds."""
-        return datetime.fromisoformat(self.captured_at).timestamp()
+        """When the frame was taken, Unix time in seconds. Raises WireError."""
+        try:
+            return datetime.fromisoformat(self.captured_at).timestamp()
+        except (ValueError, OverflowError) as err:
+            raise WireError(f"damaged message: captured_at is {self.captured_at!r:.40}, which is no time") from err
 
     def segment_map(self) -> np.ndarray:
         """Return int32 [height, width]: the number of each pixel's segment, from 1; 0 where there is none.
@@ -162,6 +174,8 @@ class DetectionsMessage(Struct, frozen=True, kw_only=True, omit_defaults=True):
         """
         import numpy as np
 
+        if min(self.height, self.width) < 0 or self.height * self.width > MAX_PIXELS:
+            raise WireError(f"damaged message: its frame has {self.height} x {self.width} pixels")
         numbers = np.zeros((self.height, self.width), dtype=np.int32)
         for number, segment in enumerate(self.segments or (), start=1):
             pixels = segment.mask.decode()
@@ -171,21 +185,34 @@ class DetectionsMessage(Struct, frozen=True, kw_only=True, omit_defaults=True):
         return numbers
 
     def to_supervision(self) -> sv.Detections:
-        """Return the objects as supervision.Detections, with masks and track ids where every object has one."""
+        """Return the objects as supervision.Detections, with masks and track ids where every object has one.
+
+        Raises WireError where a mask is damaged, or a number or label is none of the daemon's.
+        """
         import numpy as np
         import supervision as sv
 
         objects = self.objects
+        if any(len(found.label) > _MAX_LABEL for found in objects):  # numpy gives each as much room as the longest
+            raise WireError(f"damaged message: a label of more than {_MAX_LABEL} characters")
         masks = [found.mask.decode() for found in objects if found.mask is not None]
+        if len({mask.shape for mask in masks}) > 1:
+            raise WireError("damaged message: its masks differ in size")
         ids = [found.id for found in objects if found.id is not None]
-        return sv.Detections(
-            xyxy=np.array([found.box for found in objects], dtype=np.float32).reshape(-1, 4),
-            mask=np.stack(masks) if masks and len(masks) == len(objects) else None,
-            confidence=np.array([found.score for found in objects], dtype=np.float32),
-            class_id=np.array([found.label_id for found in objects], dtype=np.int64),
-            tracker_id=np.array(ids, dtype=np.int64) if ids and len(ids) == len(objects) else None,
-            data={"class_name": np.array([found.label for found in objects], dtype=np.str_)},
-        )
+        try:
+            with np.errstate(over="ignore"):  # beyond float32 is infinite, which supervision refuses
+                corners = np.array([found.box for found in objects], dtype=np.float32).reshape(-1, 4)
+                scores = np.array([found.score for found in objects], dtype=np.float32)
+            return sv.Detections(
+                xyxy=corners,
+                mask=np.stack(masks) if masks and len(masks) == len(objects) else None,
+                confidence=scores,
+                class_id=np.array([found.label_id for found in objects], dtype=np.int64),
+                tracker_id=np.array(ids, dtype=np.int64) if ids and len(ids) == len(objects) else None,
+                data={"class_name": np.array([found.label for found in objects], dtype=np.str_)},
+            )
+        except ValueError as err:
+            raise WireError(f"damaged message: {err}") from err
 
 
 class StatusMessage(Struct, frozen=True, kw_only=True):
@@ -248,13 +275,15 @@ def decode(payload: bytes, kind: Kind) -> Message: ...
 def decode(payload: bytes, kind: Kind) -> Message:
     """Read a payload of either format; the topic or channel says the kind.
 
-    Raises WireError where it is no message of this kind or its schema is not ours.
+    Raises WireError where it is no message of this kind, its schema is not ours, or it is too long.
     """
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise WireError(f"not a streamd {kind} message: {len(payload)} bytes, want {MAX_PAYLOAD_BYTES} at most")
     is_json = payload[:1] == b"{"  # in msgpack 0x7b is a bare number, never the map that a message is
     decoder = (_JSON_DECODERS if is_json else _MSGPACK_DECODERS)[kind]
     try:
         return decoder.decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError) as err:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
         raise WireError(_why_unreadable(payload, is_json, kind, err)) from err
 
 
@@ -274,18 +303,24 @@ def _run_lengths(counts: str) -> list[int]:
 
     Each is a little-endian number of 5-bit digits, sign-extended, in characters from "0" on, of which bit 5 says that
     more follow; from the fourth on it is the difference to the length two before (pycocotools, rleToString).
+    Raises WireError.
     """
     lengths: list[int] = []
     value = shift = 0
     for character in counts:
         digit = ord(character) - ord("0")
+        if not 0 <= digit < 64 or shift > 40:
+            raise WireError("damaged mask: its run lengths are no numbers")
         value |= (digit & 0x1F) << shift
         shift += 5
         if digit & 0x20:
             continue
         if digit & 0x10:
             value -= 1 << shift
-        lengths.append(value + lengths[-2] if len(lengths) > 2 else value)
+        value += lengths[-2] if len(lengths) > 2 else 0
+        if not 0 <= value <= MAX_PIXELS:
+            raise WireError(f"damaged mask: a run of {value} pixels")
+        lengths.append(value)
         value = shift = 0
     return lengths
 
@@ -294,7 +329,7 @@ def _why_unreadable(payload: bytes, is_json: bool, kind: Kind, err: Exception) -
     codec = msgspec.json if is_json else msgspec.msgpack
     try:
         schema = codec.decode(payload, type=_Envelope).schema
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         schema = SCHEMA
     if schema != SCHEMA:
         advice = "update streamd here" if schema > SCHEMA else "update the daemon"

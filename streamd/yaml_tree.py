@@ -14,6 +14,7 @@ Place = tuple[str | int, ...]  # keys from the root to a value
 _MAX_DEPTH = 20  # a configuration has five levels
 _MAX_VALUES = 100_000  # a few lines of aliases of aliases stand for billions of values
 _MAX_INT_BITS = 63
+_MAX_NUMBER = 400  # characters; numbers to the base 60 take time by the square of their length
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 
 
@@ -51,9 +52,7 @@ class YamlTree:
 
     def _value(self, node: yaml.Node, place: Place) -> Any:
         self.lines.setdefault(place, node.start_mark.line + 1)
-        self._num_values += 1
-        if self._num_values > _MAX_VALUES:
-            raise yaml.MarkedYAMLError(problem=f"more than {_MAX_VALUES} values", problem_mark=node.start_mark)
+        self._count(node)
         if len(place) > _MAX_DEPTH:
             raise RecursionError
         if isinstance(node, yaml.MappingNode):
@@ -66,6 +65,7 @@ class YamlTree:
         """Build a map: its own keys win over merged ones, and earlier merged maps over later ones."""
         values: dict[str, Any] = {}
         for merged in reversed(list(self._merged_maps(node, place))):
+            self._count(merged)
             values |= self._mapping(merged, place)
         own: set[str] = set()
         for key_node, value_node in node.value:
@@ -86,6 +86,11 @@ class YamlTree:
             values[key] = self._value(value_node, (*place, key))
         return values
 
+    def _count(self, node: yaml.Node) -> None:
+        self._num_values += 1
+        if self._num_values > _MAX_VALUES:
+            raise yaml.MarkedYAMLError(problem=f"more than {_MAX_VALUES} values", problem_mark=node.start_mark)
+
     def _merged_maps(self, node: yaml.MappingNode, place: Place) -> Iterator[yaml.MappingNode]:
         for key_node, value_node in node.value:
             if key_node.tag != _MERGE_TAG:
@@ -97,6 +102,10 @@ class YamlTree:
                     self._complain((*place, "<<"), "merges a map (*name) or a list of maps, and this is neither")
 
     def _scalar(self, node: yaml.Node, place: Place) -> Any:
+        is_number = node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+        if is_number and len(node.value) > _MAX_NUMBER:
+            self._complain(place, f"cannot be read: a number of {len(node.value)} characters; quote it if it is text")
+            return None
         try:
             return _checked(yaml.constructor.SafeConstructor().construct_object(node))
         except yaml.MarkedYAMLError as err:

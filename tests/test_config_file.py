@@ -213,7 +213,7 @@ def test_relative_paths_begin_at_the_file_s_folder(tmp_path: Path, monkeypatch: 
         (b"models: [\n", "not valid YAML: line 2, column 1"),
         (b"models:\n\tm: 1\n", "not valid YAML: line 2, column 1: found character '\\t'"),
         (b"a: &a [*a]\n", "does an anchor contain itself?"),
-        (b"#" * ((4 << 20) + 1), "larger than 4 MiB"),
+        (b"#" * ((1 << 20) + 1), "larger than 1 MiB"),
     ],
     ids=lambda value: repr(value[:20]),
 )

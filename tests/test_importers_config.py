@@ -133,7 +133,7 @@ def test_tags_that_name_anything_of_python_are_refused_and_nothing_runs(
         ("MODEL: " + "[" * 3000, "cannot be read"),
         ("MODEL: " + "[" * 30 + "]" * 30, "nested too deeply"),
         ("X: '" + "(" * 5000 + "'\nMODEL: 1", "MODEL is 1, want a map"),
-        ("A: " + "x" * 1_000_001, "has 1000004 characters"),
+        ("A: " + "x" * (1 << 20), "larger than 1 MiB"),
         ("a: &a [x, x, x, x]\nb: &b [*a, *a, *a, *a]\n" + "".join(
             f"c{n}: &c{n} [{', '.join([f'*c{n - 1}' if n else '*b'] * 4)}]\n" for n in range(9)
         ), "its aliases multiply"),

@@ -133,7 +133,7 @@ def test_an_array_written_by_hand_is_read(tmp_path: Path) -> None:
     [
         (array_of(shape=b"(I1000000000000\nt"), "8 bytes for an array"),
         (array_of(shape=b"(I-2\nI-1\nt"), r"shape \(-2, -1\)"),
-        (array_of(shape=b"(F2.0\nt"), r"shape \(2.0,\)"),
+        (array_of(shape=b"(F2.0\nt"), r"shape \(2.0\)"),
         (array_of(shape=b"(" + b"I1\n" * 9 + b"I2\nt"), "shape"),
         (array_of(dtype=b"S'O8'\nI0\nI1\nt"), "array of 'O8'"),
         (array_of(dtype=b"S'f4,O'\nI0\nI1\nt"), "array of 'f4,O'"),
@@ -145,6 +145,24 @@ def test_an_array_written_by_hand_is_read(tmp_path: Path) -> None:
 )
 def test_arrays_that_are_not_what_numpy_writes_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(ModelError, match=f"refused: it (holds|encodes|makes) .*{message}|refused: .*{message}"):
+        pickles.read(written(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x80\x02Nr\xff\xff\xff\x7f.", "holds no arrays by name"),
+        (b"\x80\x04\x8e\x00\x00\x00\x00\x00\x00\x00\x7f.", "cannot be read as a pickle"),
+        (b"\x80\x05\x96\x00\x00\x00\x00\x04\x00\x00\x00.", "cannot be read as a pickle|says that"),
+        (b"\x80\x02}" + b")" + b"q\x00h\x00\x86" * 40 + b"Ns.", "holds a tuple of more than"),
+        (array_of(shape=b"(I2\nt" + b"q\x00h\x00\x86" * 40), "holds a tuple of more than"),
+    ],
+    ids=["number", "bytes", "bytearray", "key", "shape"],
+)
+def test_a_few_bytes_that_ask_for_endless_memory_or_time_are_refused(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    with pytest.raises(ModelError, match=rf"weights\.pkl: .*{message}"):
         pickles.read(written(tmp_path, content))
 
 

@@ -162,12 +162,12 @@ def test_damaged_run_lengths_give_a_wire_error_or_a_whole_mask(counts: str) -> N
     try:
         assert Mask(size=(40, 50), counts=counts).decode().shape == (40, 50)
     except WireError as err:
-        assert "do not add up to 40 x 50 pixels" in str(err)
+        assert str(err).startswith("damaged mask: ")
 
 
 @pytest.mark.parametrize("counts", ["", "garbage", "~~~~", "0", "\u20ac"])
 def test_a_damaged_mask_is_a_wire_error(counts: str) -> None:
-    with pytest.raises(WireError, match="do not add up to 40 x 50 pixels"):
+    with pytest.raises(WireError, match=r"damaged mask: (its run lengths are no numbers|.*do not add up to 40 x 50)"):
         Mask(size=(40, 50), counts=counts).decode()
 
 

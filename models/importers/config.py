@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from streamd.bounded import PlainLoader, read_bytes
 from streamd.errors import ModelError
 from streamd.models.anchors import AnchorGrid
 from streamd.models.importers.datasets import labels_of
@@ -21,7 +22,7 @@ Config = dict[str, Any]  # as Detectron2's CfgNode: maps of maps of numbers, wor
 
 MAX_DETECTIONS = 1000  # of an image where the configuration sets no limit, since shapes must be fixed
 _BASE = "_BASE_"
-_MAX_CHARACTERS = 1_000_000  # a full configuration has 10 kB
+_MAX_BYTES = 1 << 20  # a full configuration has 10 kB
 _MAX_VALUES = 100_000  # a few lines of aliases of aliases stand for billions of values
 _MAX_DEPTH = 20
 _LITERAL = re.compile(r"[(\[]|[-+.\d]+(e[-+]?\d+)?$", re.IGNORECASE)
@@ -100,7 +101,7 @@ def _per_colour(config: Config, key: str) -> tuple[float, float, float]:
     return first, second, third
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(PlainLoader):
     """Build plain values alone; a tag that names anything of Python is refused."""
 
     def plain_tuple(self, node: yaml.SequenceNode) -> list[Any]:
@@ -137,9 +138,7 @@ def _read_with_base(path: Path, readers: tuple[Path, ...]) -> Config:
 
 def _load(path: Path) -> Config:
     try:
-        text = path.read_text(encoding="utf-8")
-        if len(text) > _MAX_CHARACTERS:
-            raise ModelError(f"{path}: has {len(text)} characters; a configuration of Detectron2 has some 10,000")
+        text = read_bytes(path, _MAX_BYTES).decode()
         content = _Plain().value(yaml.load(text, Loader=_Loader))
     except (OSError, ValueError, LookupError, AttributeError) as err:  # PyYAML lets values through that are no dates
         raise ModelError(f"{path}: cannot be read: {err}") from err

@@ -7,17 +7,22 @@ with; stand-ins of that build the arrays from checked bytes, and any other name 
 from __future__ import annotations
 
 import math
+import mmap
 import pickle
+import struct
+import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, ClassVar, cast
 
 import numpy as np
 
 from streamd.errors import ModelError
 
 _KINDS = frozenset(("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"))
+_MAX_VALUES = 1 << 20  # of a tuple and the tuples in it
 _MAX_RANK = 8  # of an array; the weight of a convolution has 4
 
 
@@ -33,9 +38,8 @@ class ZooFile:
 def read(path: Path) -> ZooFile:
     """Read a pickle of numbers, words, maps, lists and numpy arrays. Raises ModelError."""
     try:
-        with path.open("rb") as file:
-            # Python 2, which wrote the oldest files, had no bytes: latin1 keeps each byte as a character.
-            return _find_arrays(_Unpickler(file, encoding="latin1").load(), path)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return _find_arrays(_Unpickler(cast(BinaryIO, content)).load(), path)
     except OSError as err:
         raise ModelError(f"{path}: cannot be read: {err.strerror or err}") from err
     except _RefusedError as err:
@@ -64,11 +68,53 @@ class _RefusedError(Exception):
     """A pickle asks for more than plain values."""
 
 
-class _Unpickler(pickle.Unpickler):
+# Python's own unpickler, not the one in C, which makes room for as many numbered values as the highest number says: 20
+# bytes could ask for 30 GB.
+_PythonUnpickler: Any = pickle._Unpickler
+
+
+class _Unpickler(_PythonUnpickler):
+    def __init__(self, file: BinaryIO) -> None:
+        # Python 2, which wrote the oldest files, had no bytes: latin1 keeps each byte as a character.
+        super().__init__(file, encoding="latin1")
+        self._tuples: dict[int, tuple[object, int]] = {}  # id -> the tuple itself, and how many values it stands for
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _STAND_INS:
             raise _RefusedError(f"it names {module}.{name}")
         return _STAND_INS[module, name]
+
+    def weigh(self) -> None:
+        """Refuse a tuple of tuples of the same tuple: to hash it, as a key, would take for ever."""
+        made = self.stack[-1]
+        weight = sum(self._tuples.get(id(value), (None, 1))[1] for value in made)
+        if weight > _MAX_VALUES:
+            raise _RefusedError(f"it holds a tuple of more than {_MAX_VALUES} values")
+        self._tuples[id(made)] = made, weight
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(_PythonUnpickler.dispatch)
+
+
+def _weighed(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    def load_and_weigh(unpickler: _Unpickler) -> None:
+        load(unpickler)
+        unpickler.weigh()
+
+    return load_and_weigh
+
+
+def _load_bytearray(unpickler: _Unpickler) -> None:
+    """Read the bytes before making room for them; Python's own does it the other way round."""
+    (num_bytes,) = struct.unpack("<Q", unpickler.read(8))
+    content = unpickler.read(min(num_bytes, sys.maxsize))
+    if len(content) != num_bytes:
+        raise _RefusedError(f"it says that {num_bytes} bytes follow, and {len(content)} do")
+    unpickler.append(bytearray(content))
+
+
+_Unpickler.dispatch[pickle.BYTEARRAY8[0]] = _load_bytearray
+for _code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
+    _Unpickler.dispatch[_code[0]] = _weighed(_Unpickler.dispatch[_code[0]])
 
 
 class _StandIn:
@@ -86,23 +132,24 @@ class _Dtype(_StandIn):
     __slots__ = ("kind", "order")
 
     def __init__(self, kind: str, align: bool = False, copy: bool = False) -> None:
-        if kind not in _KINDS:
-            raise _RefusedError(f"it holds an array of {kind!r}")
+        if not isinstance(kind, str) or kind not in _KINDS:
+            raise _RefusedError(f"it holds an array of {kind!r:.40}" if isinstance(kind, str) else "it has no dtype")
         self.kind = kind
         self.order = "="
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, order, *_ = state
-        if order not in ("<", ">", "=", "|"):
-            raise _RefusedError(f"it holds an array of the byte order {order!r}")
+        if not isinstance(order, str) or order not in ("<", ">", "=", "|"):
+            raise _RefusedError(f"it holds an array of the byte order {order!r:.40}")
         self.order = order
 
     def decode(self, content: bytes | bytearray | str, shape: tuple[int, ...], fortran: bool) -> np.ndarray:
         """Copy bytes into an array in the machine's byte order."""
         content = content.encode("latin1") if isinstance(content, str) else bytes(content)
         dtype = np.dtype(self.order + self.kind)
-        if len(shape) > _MAX_RANK or any(type(side) is not int or side < 0 for side in shape):
-            raise _RefusedError(f"it holds an array of the shape {shape!r}")
+        if len(shape) > _MAX_RANK or any(type(side) is not int or not 0 <= side < 1 << 48 for side in shape):
+            shown = ", ".join(str(side)[:20] if type(side) in (int, float) else "?" for side in shape)
+            raise _RefusedError(f"it holds an array of the shape ({shown:.80})")
         if math.prod(shape) * dtype.itemsize != len(content):
             raise _RefusedError(f"it holds {len(content)} bytes for an array of {shape!r} {self.kind}")
         array = np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
@@ -156,7 +203,7 @@ class _Bytes(_StandIn):
 
     def __init__(self, text: Any = "", encoding: Any = "latin1") -> None:
         if not isinstance(text, str) or encoding != "latin1":
-            raise _RefusedError(f"it encodes as {encoding!r}")
+            raise _RefusedError(f"it encodes as {encoding if isinstance(encoding, str) else '?'!r:.40}")
         self.value = text.encode("latin1")
 
 
@@ -179,5 +226,7 @@ def _decode(dtype: Any, content: Any, shape: Any, fortran: Any) -> np.ndarray:
         or not isinstance(content, (bytes, bytearray, str))
         or not isinstance(shape, tuple)
     ):
-        raise _RefusedError(f"it holds an array made of {type(dtype).__name__}, {type(content).__name__} and {shape!r}")
+        raise _RefusedError(
+            f"it holds an array made of {type(dtype).__name__}, {type(content).__name__}, {type(shape).__name__}"
+        )
     return dtype.decode(content, shape, bool(fortran))

@@ -11,12 +11,14 @@ from typing import Any
 
 import msgspec
 
+from streamd.bounded import read_bytes
 from streamd.datasets.findings import Draft, DraftObject, DraftPicture, Findings
 from streamd.errors import DataError
 
 Entry = Mapping[str, Any]
 
 _LISTS = ("images", "annotations", "categories")
+_MAX_BYTES = 4 << 30  # the largest in use, of two million pictures, have 2.5 GB
 _MAX_AREA = 1e12  # px^2; beyond it a number is no area
 _NUM_PROBED = 50  # pictures whose names tell which folder is meant
 
@@ -24,7 +26,7 @@ _NUM_PROBED = 50  # pictures whose names tell which folder is meant
 def load(file: Path) -> dict[str, list[Any]]:
     """Read a JSON file that holds COCO's three lists. Raises DataError."""
     try:
-        text = file.read_bytes()
+        text = read_bytes(file, _MAX_BYTES)
     except OSError as err:
         raise DataError(f"{file}: cannot read the annotations: {err.strerror}") from err
     content = _parse(file, text)
@@ -205,7 +207,7 @@ def _keypoint_names(file: Path, categories: Sequence[Entry]) -> tuple[str, ...]:
 def _parse(file: Path, text: bytes) -> object:
     try:
         return msgspec.json.decode(text)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass  # msgspec refuses NaN, which json reads, and which is then one bad record; json also names the line
     try:
         return json.loads(text)
@@ -213,7 +215,7 @@ def _parse(file: Path, text: bytes) -> object:
         raise DataError(
             f"{file}: line {err.lineno}, column {err.colno}: not valid JSON: {err.msg}; was the file cut off?"
         ) from err
-    except (UnicodeDecodeError, RecursionError) as err:
+    except (ValueError, RecursionError) as err:  # not UTF-8, a number of thousands of digits, nested too deeply
         raise DataError(f"{file}: not valid JSON: {err}") from err
 
 

@@ -75,7 +75,7 @@ def _from_runs(mask: Mapping[object, object], width: int, height: int) -> Rle:
     if isinstance(counts, str):
         try:
             return encode_pixels(wire.Mask(size=(height, width), counts=counts).decode())
-        except (WireError, OverflowError) as err:
+        except WireError as err:
             raise DataError("the mask's run lengths are damaged: they do not add up to the picture") from err
     if not isinstance(counts, list) or not all(type(run) is int and run >= 0 for run in counts):
         raise DataError("the mask's counts are neither a string nor a list of run lengths")

@@ -13,11 +13,13 @@ from pathlib import Path
 from xml.etree.ElementTree import Element, TreeBuilder
 from xml.parsers import expat
 
+from streamd.bounded import read_bytes
 from streamd.datasets.findings import Draft, DraftObject, DraftPicture, Findings
 from streamd.errors import DataError
 from streamd.files import PICTURES
 
 _MAX_BYTES = 16 << 20  # of one file; those of VOC have 2 kB
+_MAX_LIST_BYTES = 1 << 30
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -85,7 +87,7 @@ def _wanted(folder: Folder, split: str | None, files: Sequence[Path]) -> tuple[l
         return [file.stem for file in files], []
     listing = folder.splits / f"{split}.txt"
     try:
-        lines = listing.read_text("utf-8").splitlines()
+        lines = read_bytes(listing, _MAX_LIST_BYTES).decode().splitlines()
     except (OSError, UnicodeDecodeError) as err:
         raise DataError(
             f"{listing}: cannot read the split {split!r}; there are: {', '.join(splits(folder)) or 'none'}"
@@ -103,9 +105,7 @@ def _parse(file: Path) -> Element:
     parser.CharacterDataHandler = builder.data
     parser.StartDoctypeDeclHandler = _refuse_doctype
     try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise DataError(f"is larger than {_MAX_BYTES >> 20} MiB; no annotation of one picture is")
-        parser.Parse(file.read_bytes(), True)
+        parser.Parse(read_bytes(file, _MAX_BYTES), True)
         return builder.close()
     except expat.ExpatError as err:
         raise DataError(f"not valid XML: {err}") from err

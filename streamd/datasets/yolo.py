@@ -13,12 +13,16 @@ from typing import Any
 
 import yaml
 
+from streamd.bounded import PlainLoader, read_bytes
 from streamd.datasets import pictures
 from streamd.datasets.findings import Draft, DraftObject, DraftPicture, Findings
 from streamd.errors import DataError
 from streamd.files import PICTURES
 
 SPLITS = ("train", "val", "test")
+_MAX_YAML_BYTES = 4 << 20
+_MAX_LABEL_BYTES = 16 << 20  # of one picture; a thousand polygons have 1 MB
+_MAX_LIST_BYTES = 1 << 30
 _NUM_BOX_FIELDS = 5  # class, and centre x, centre y, width, height as parts of the picture's sides
 _MIN_POLYGON_FIELDS = 7  # class, and three points
 
@@ -49,12 +53,12 @@ def read(file: Path, images: Path | None, split: str | None, findings: Findings)
 
 def _has_names(file: Path) -> bool:
     """Tell a data set's YAML from a recipe that lies beside it."""
-    return re.search(rb"^names\s*:", file.read_bytes(), re.MULTILINE) is not None
+    return re.search(rb"^names\s*:", read_bytes(file, _MAX_YAML_BYTES), re.MULTILINE) is not None
 
 
 def _load(file: Path) -> Mapping[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text("utf-8"))
+        content = yaml.load(read_bytes(file, _MAX_YAML_BYTES), Loader=PlainLoader)
     except OSError as err:
         raise DataError(f"{file}: cannot read it: {err.strerror}") from err
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as err:
@@ -113,7 +117,7 @@ def _pictures(file: Path, description: Mapping[str, Any], split: str, images: Pa
 
 def _listed(listing: Path) -> list[Path]:
     try:
-        lines = listing.read_text("utf-8").split("\n")
+        lines = read_bytes(listing, _MAX_LIST_BYTES).decode().split("\n")
     except (OSError, UnicodeDecodeError) as err:
         raise DataError(f"{listing}: cannot read the list of pictures: {err}") from err
     return [listing.parent / line.strip() for line in lines if line.strip()]
@@ -144,7 +148,7 @@ def _picture(
         return None
     objects = []
     try:
-        lines = label_file.read_text("utf-8").splitlines() if label_file.is_file() else []
+        lines = read_bytes(label_file, _MAX_LABEL_BYTES).decode().splitlines() if label_file.is_file() else []
     except (OSError, UnicodeDecodeError) as err:
         findings.add("unreadable annotation", label_file.name, str(err))
         return None

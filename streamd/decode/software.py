@@ -23,6 +23,7 @@ _PLANAR_YUV = frozenset(
 _DEEP = re.compile(r"(yuv4\d\dp|p0)(?:9|1[0246])(?:le|be)")  # the same planes in 9 to 16 bits
 _MAX_REFUSED = 3  # key frames in a row
 _HD_HEIGHT = 720  # without a matrix in the stream, HD is BT.709 and SD BT.601 (ITU-R BT.709, BT.601)
+_MAX_PIXELS = 1 << 26  # of a picture: 8192 x 8192; a decoder keeps up to 17 of them
 
 Layout = Literal["yuv", "nv12", "rgb"]
 
@@ -94,8 +95,11 @@ def configure(context: av.VideoCodecContext) -> None:
     context.thread_type = "SLICE"
     context.thread_count = 1
     context.copy_opaque = True  # a frame carries its packet's stamp through reordering
-    # Report damage instead of painting over it, also what only the picture's hash shows, where the camera sends one.
-    context.options = {"err_detect": "explode+crccheck"}
+    context.options = {
+        # Report damage instead of painting over it, also what only the hash that a camera sends of a picture shows.
+        "err_detect": "explode+crccheck",
+        "max_pixels": str(_MAX_PIXELS),
+    }
 
 
 def first_look(video: av.VideoStream, keyframe: av.Packet[av.VideoStream]) -> av.VideoFrame | None:

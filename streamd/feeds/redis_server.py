@@ -26,6 +26,9 @@ MAX_BLOCK_S = 2.0  # of one XREAD, well under the reply time-out; also how often
 MAX_ENTRIES = 100  # a stream and XREAD
 CLUSTER_POLL_S = 0.05
 
+# What redis-py and the readers here raise for a reply of another shape than Redis gives.
+_STRANGE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, MemoryError)
+
 _ENTRY_ID = re.compile(r"\d+(-\d+)?")
 
 
@@ -60,6 +63,9 @@ class RedisFeed:
             return None
         except REDIS_ERRORS as err:
             raise _error(self._where, err) from err
+        except _STRANGE as err:
+            self._reader.forget_connection()
+            raise _strange(self._where, err) from err
         self._backoff.reset()
         return received
 
@@ -78,6 +84,9 @@ def open_channels(url: str, stream: str | None, kinds: Sequence[Kind]) -> RedisF
     except REDIS_ERRORS as err:
         client.close()
         raise _error(redact(url), err) from err
+    except _STRANGE as err:
+        client.close()
+        raise _strange(redact(url), err) from err
     return RedisFeed(redact(url), client, reader)
 
 
@@ -229,8 +238,15 @@ def _connect(url: str) -> Client:
     except REDIS_ERRORS as err:
         client.close()
         raise _error(redact(url), err) from err
+    except _STRANGE as err:
+        client.close()
+        raise _strange(redact(url), err) from err
     return client
 
 
 def _error(where: str, err: Exception) -> SubscribeError:
     return SubscribeError(f"cannot subscribe to {where}: {explain(err)}")
+
+
+def _strange(where: str, err: Exception) -> SubscribeError:
+    return SubscribeError(f"cannot read {where}: what answers there is no Redis ({err or type(err).__name__})")

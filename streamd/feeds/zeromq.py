@@ -12,7 +12,7 @@ from streamd.backoff import Backoff
 from streamd.curve import ClientKeys
 from streamd.errors import SubscribeError
 from streamd.feeds import Received, from_name
-from streamd.wire import Kind, topic
+from streamd.wire import MAX_PAYLOAD_BYTES, Kind, topic
 
 HEARTBEAT_MS = 5000
 NUM_CUT_HANDSHAKES = 3  # in a row, before a daemon that hangs up counts as one that has another key
@@ -35,6 +35,7 @@ class ZeroMqFeed:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.SUB)
         self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_PAYLOAD_BYTES)  # libzmq hangs up on who sends more
         self._socket.setsockopt(zmq.IPV6, int("[" in url))
         self._socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)  # notice a machine that vanished without a word
         self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 3 * HEARTBEAT_MS)

@@ -16,7 +16,9 @@ from typing import Literal
 START_CODE = b"\0\0\0\1"
 _NUM_TO_LEARN = 25  # pictures in a row that the rule must have ended right before it is relied on
 _MAX_MISTAKES = 3  # in a connection, before the rule is given up for good
-_MAX_BYTES = 16 << 20  # of one picture: a camera that never ends one must not fill the memory
+# Of one picture: a camera that never ends one must not fill the memory.
+_MAX_BYTES = 16 << 20
+_MAX_PIECES = 1 << 16  # each takes 100 bytes of its own
 
 Codec = Literal["h264", "hevc"]
 
@@ -113,7 +115,7 @@ class AccessUnits:
         picture.pieces.append(piece)
         picture.num_pieces += 1
         picture.num_bytes += len(piece)
-        if picture.num_bytes > _MAX_BYTES:
+        if picture.num_bytes > _MAX_BYTES or len(picture.pieces) > _MAX_PIECES:
             picture.pieces.clear()
             picture.num_bytes = 0
             self._truncated = True

@@ -1,0 +1,51 @@
+"""Inputs that once broke something, by target; what each did stands beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+_OBJECT = b'{"label":"a","label_id":0,"score":0.5,"box":[0,0,2,2]}'
+_MASK = b'{"label":"a","label_id":0,"score":0.5,"box":[0,0,2,2],"mask":'
+
+
+def _message(objects: bytes, more: bytes = b"") -> bytes:
+    return (
+        b'{"schema":1,"stream":"a","seq":0,"epoch":0,"pts":0.0,"captured_at":"2026-01-31T10:00:00.000000Z",'
+        b'"clock":"arrival","width":4,"height":3,"model":{"name":"m","sha256":""},"objects":[' + objects + b"],"
+        b'"ms":{"decode":0,"wait":0,"infer":0,"post":0,"total":0},"dropped":0' + more + b"}"
+    )
+
+
+FOUND: Mapping[str, Sequence[bytes]] = {
+    "coco_json": [
+        b'{"\x80":[]}',  # UnicodeDecodeError
+        b'{"images":' + b"9" * 5000 + b"}",  # ValueError: more digits than Python turns into a number
+    ],
+    "panoptic_json": [b'{"images":[],"annotations":[],"categories":[],"\x80":[]}'],  # UnicodeDecodeError
+    "zoo_pickle": [
+        b"\x80\x05\x96\0\0\0\0\x04\0\0\0.",  # made room for 17 GB
+        b"\x80\x02Nr\xff\xff\xff\x0f.",  # made room for 268 million numbered values
+        b"\x80\x02})" + b"q\0h\0\x86" * 40 + b"Ns.",  # hashed a key of 2 ** 40 parts
+    ],
+    "wire": [
+        _message(_OBJECT.replace(b"[0,0,2,2]", b"[0,0,1e39,2]")),  # ValueError of supervision: infinite in float32
+        _message(_OBJECT.replace(b":0,", b":18446744073709551615,")),  # OverflowError of numpy
+        _message(_MASK + b'{"size":[-3,-4],"counts":"<"}}'),  # ValueError of numpy: a shape below 0
+        _message(_MASK + b'{"size":[40000,25000],"counts":"PPklln0"}}'),  # made room for a billion pixels
+        _message(_MASK + b'{"size":[3,4],"counts":"ooooooooooooooooooo1"}}'),  # OverflowError of numpy
+        _message(b"", b',"more":' + b"[" * 5000),  # RecursionError
+        _message(b"").replace(b"2026-01-31T", b"x"),  # ValueError of datetime
+    ],
+    "artifact": [
+        # UnicodeDecodeError of zipfile: a name that says it is UTF-8, and is not
+        b"PK\1\2\24\0\24\0\0\10" + bytes(18) + b"\1\0" + bytes(16) + b"\xcb"
+        b"PK\5\6\0\0\0\0\1\0\1\0\x2f\0\0\0\0\0\0\0\0\0",
+    ],
+    "redis": [
+        b"\xff*1\r\n%1\r\n*1\r\n:1\r\n:1\r\n",  # TypeError: a map whose key is a list
+        b"\xff*1\r\n*2\r\n:1\r\n:1\r\n",  # TypeError: numbers where entries should be
+    ],
+    "rtsp_sdp": [
+        b"v=0\r\no=- 1 1 IN IP4 127.0.0.1\r\ns=-\r\nt=0 0\r\nm=video 0 RTP/AVP 96\r\na=control:v\r\n",  # no codec
+    ],
+}
