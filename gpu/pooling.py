@@ -7,6 +7,8 @@ differentiated, but for the operator `streamd::pool_levels` itself, which a trac
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,11 +49,36 @@ class _Pool:
         if self.kind == "max":
             pooled, _ = torch.ops.torchvision.roi_pool(x, rois, scale, self.side, self.side)
         else:
-            # torchvision.ops.roi_align would check shapes in a way that warns in a trace.
-            pooled = torch.ops.torchvision.roi_align(
-                x, rois, scale, self.side, self.side, self.sampling_ratio, self.kind == "align"
-            )
+            numbers = (scale, self.side, self.side, self.sampling_ratio, self.kind == "align")
+            if x.requires_grad and not x.is_cuda:
+                pooled = _RoiAlign.apply(x, rois, numbers)
+            else:  # torchvision.ops.roi_align would check shapes in a way that warns in a trace
+                pooled = torch.ops.torchvision.roi_align(x, rois, *numbers)
         return pooled.type_as(feature)
+
+
+class _RoiAlign(torch.autograd.Function):
+    """torchvision's operator on a CPU, whose backward pass uses all threads: by itself it uses one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rois: Tensor, numbers: tuple[float, int, int, int, bool]) -> Tensor:
+        ctx.save_for_backward(rois)
+        ctx.shape, ctx.numbers = x.shape, numbers
+        return torch.ops.torchvision.roi_align(x, rois, *numbers)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (rois,), (num_images, _, height, width) = ctx.saved_tensors, ctx.shape
+        scale, rows, columns, *sampling = ctx.numbers
+
+        def of_channels(part: Tensor) -> Tensor:
+            shape = (num_images, part.shape[1], height, width)
+            return torch.ops.torchvision._roi_align_backward(part, rois, scale, rows, columns, *shape, *sampling)
+
+        parts = gradient.chunk(torch.get_num_threads(), dim=1)
+        with ThreadPoolExecutor(len(parts)) as threads:
+            return torch.cat(list(threads.map(of_channels, parts)), dim=1), None, None
 
 
 def _pool_own(

@@ -36,6 +36,19 @@ def test_maps_in_channels_last_memory_pool_the_same() -> None:
     torch.testing.assert_close(pooled, expected)
 
 
+@pytest.mark.parametrize("kind", ["align", "align_unshifted"])
+def test_gradient_of_the_maps_is_torchvisions(kind: str) -> None:
+    feature = torch.rand(2, 5, 12, 16, dtype=torch.float32, requires_grad=True)
+    boxes = random_boxes()
+    rois = pooling._rois(boxes)
+    expected_of = torch.ops.torchvision.roi_align(feature, rois, 0.25, 7, 7, 2, kind == "align")
+    weights = torch.rand_like(expected_of)
+    (expected,) = torch.autograd.grad((expected_of * weights).sum(), feature)
+    pooled = pooling.pool_levels([feature], boxes, torch.zeros(boxes.shape[:2]), [0.25], 7, 2, kind)
+    (gradient,) = torch.autograd.grad((pooled * weights).sum(), feature)
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_a_level_without_boxes_pools_nothing() -> None:
     features, boxes, levels = inputs()
     broken = [features[0], *(torch.full_like(feature, torch.nan) for feature in features[1:])]
