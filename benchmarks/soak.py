@@ -152,9 +152,8 @@ def hang_up(bench: Bench) -> Outcome:
     """The connections of the streams that stay end, in each way that there is."""
     ends: tuple[End, ...] = ("fin", "rst", "bye", "half_open")
     for name, end in product(REGULARS, ends):
-        ended_at = time.time()
+        stream, ended_at = Victim(bench, name), time.time()
         bench.cameras.hang_up(name, end)
-        stream = Victim(bench, name)
         stream.fails()
         stream.recovers(ended_at + 0.2, 35.0)
     return Outcome()
