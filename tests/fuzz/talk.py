@@ -10,7 +10,6 @@ from contextlib import ExitStack, suppress
 from functools import cache
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import zmq
@@ -132,7 +131,8 @@ class ZeroMqPeer:
     """A publisher that sends what it likes, and the client that reads it."""
 
     def __init__(self) -> None:
-        self._publisher: Any = zmq.Context.instance().socket(zmq.XPUB)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._publisher = context.socket(zmq.XPUB)
         self._publisher.setsockopt(zmq.LINGER, 0)
         url = f"ipc://{folder()}/zmq"
         self._publisher.bind(url)
