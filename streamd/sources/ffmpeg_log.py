@@ -33,12 +33,28 @@ class FfmpegLog:
         return taken
 
 
+class Silent(FfmpegLog):
+    """Leave the log off, for what is read without it."""
+
+    def __init__(self) -> None:
+        """Collect nothing."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Nothing to do."""
+
+    def take(self) -> list[tuple[str, str]]:
+        return []
+
+
 @functools.cache
 def _listen() -> None:
     """Switch the log on, for the whole process, and keep what nobody collects out of Python's log.
 
-    Lines for debugging end in C. The daemon's decoders have no threads of their own, which could wait for Python's lock
-    while a thread that has it waits for them.
+    Lines for debugging end in C. A decoder with threads by frame (which streamd has nowhere) must not be closed in such
+    a process before it is drained: PyAV waits for its threads with Python's lock, which they may want for a line.
     """
     if av.logging.get_level() is None:
         logging.getLogger("libav").setLevel(logging.CRITICAL + 1)

@@ -40,6 +40,10 @@ class SourceOptions:
         return self.scheme == "file"
 
     @property
+    def is_network(self) -> bool:
+        return self.scheme not in ("file", "v4l2")
+
+    @property
     def is_rtsp(self) -> bool:
         return self.scheme in ("rtsp", "rtsps")
 

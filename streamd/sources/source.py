@@ -16,7 +16,7 @@ from streamd.messages import Packet, Stamp
 from streamd.sources.access_units import AccessUnits, Codec
 from streamd.sources.allocation import bound_allocations
 from streamd.sources.failures import Said, is_timeout, open_error, reason, redirection, refusal
-from streamd.sources.ffmpeg_log import FfmpegLog
+from streamd.sources.ffmpeg_log import FfmpegLog, Silent
 from streamd.sources.options import SourceOptions, arguments, with_login_of
 from streamd.sources.timeline import SenderClock, Timeline
 from streamd.sources.trickle import Trickle
@@ -46,7 +46,7 @@ def open_source(options: SourceOptions, timeline: Timeline, transport: Transport
     """
     transport = transport or Transport("source", options)
     bound_allocations()
-    log = FfmpegLog()
+    log = _log(options)
     said: Said = ()
     started = time.monotonic()
     try:
@@ -68,6 +68,10 @@ def open_source(options: SourceOptions, timeline: Timeline, transport: Transport
     except BaseException:
         container.close()
         raise
+
+
+def _log(options: SourceOptions) -> FfmpegLog:
+    return FfmpegLog() if options.is_network else Silent()
 
 
 def _open(options: SourceOptions, transport: str, log: FfmpegLog) -> av.container.InputContainer:
@@ -178,7 +182,7 @@ class Source:
     def _pieces(self) -> Iterator[av.Packet[av.VideoStream]]:
         """Yield what FFmpeg gives, until the end. Raises SourceError."""
         self._last_stamp_s = time.monotonic()
-        log = FfmpegLog()
+        log = _log(self._options)
         pieces = cast("Iterator[av.Packet[av.VideoStream]]", self._container.demux())
         num_pieces = 0
         try:
@@ -190,7 +194,8 @@ class Source:
                     return
                 if self._trickle:
                     self._trickle.waited_s += time.monotonic() - asked_s
-                self._lost |= any(what.startswith("RTP: missed") for _, what in log.take())
+                if said := log.take():
+                    self._lost |= any(what.startswith("RTP: missed") for _, what in said)
                 if data.stream_index != self.video.index:
                     self._check_for_silence(num_pieces)  # other tracks may go on while the video is silent
                 elif data.size:
