@@ -31,7 +31,8 @@ def main() -> None:
     words = folder() / "words"
     words.write_text("".join('"' + "".join(f"\\x{byte:02x}" for byte in word) + '"\n' for word in target.words))
     bounds = ["-timeout=20", "-rss_limit_mb=4096", "-max_len=65536"]
-    atheris.Setup([sys.argv[0], *bounds, *options, f"-dict={words}", str(corpus)], target.run)
+    dictionary = [f"-dict={words}"] if target.words else []  # libFuzzer refuses an empty one
+    atheris.Setup([sys.argv[0], *bounds, *options, *dictionary, str(corpus)], target.run)
     atheris.Fuzz()
 
 
