@@ -154,10 +154,10 @@ def install(service: Service, system: System) -> bool:
     system.check()
     _refuse_another(service, system)
     before = {path: system.read(path) for path in service.files}
-    for path, text in service.files.items():
-        system.write(path, text)
     for stale in _stale(service, system):
         system.remove(stale)
+    for path, text in service.files.items():
+        system.write(path, text)
     if system.is_this_machine:
         system.run("systemd-sysusers", str(SYSUSERS))
         system.run("systemd-tmpfiles", "--create", str(TMPFILES))

@@ -124,9 +124,11 @@ def _refuse_hidden(path: Path, config: Config) -> None:
 
 def _check_rights(path: Path, config: Config) -> None:
     """Raise ConfigError where the service's user cannot read what it needs."""
-    from streamd.units import inputs
+    from streamd.file_errors import read_text
+    from streamd.units import inputs, secret_files
 
-    needed = [path.absolute(), _program(), *dict(inputs(config)).values()]
+    path = path.absolute()
+    needed = [path, _program(), *dict(inputs(config)).values(), *secret_files(path, read_text(path))]
     if found := services.unreadable(needed):
         advice = f"chgrp {services.USER} FILE && chmod g+r FILE, and g+x for the folders above"
         raise ConfigError(f"the user {services.USER} cannot read {', '.join(map(str, found))}; {advice}")

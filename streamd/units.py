@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Hardware = Literal["cpu", "gpu"]
 
 CONFIG_FOLDER = Path("/etc/streamd")
+CREDENTIALS = CONFIG_FOLDER / "credentials"
 MARK = "# Written, and removed, by `streamd service install` and `uninstall`; change it with `systemctl edit`.\n"
 UNIT_FOLDER = Path("/etc/systemd/system")
 SYSUSERS = Path("/etc/sysusers.d/streamd.conf")
@@ -122,9 +123,21 @@ def inputs(config: Config) -> Iterator[tuple[str, Path]]:
     for name, model in config.models.items():
         if "/" in model.path:
             yield f"the model {name}", Path(model.path)
+        if model.gate and model.gate.data:
+            yield f"the gate's data of {name}", Path(model.gate.data)
     for name, stream in config.streams.items():
         if stream.is_file:
             yield f"the stream {name}", Path(stream.url.get_secret_value().removeprefix("file://"))
+        if stream.ca_file:
+            yield f"the certificates of {name}", Path(stream.ca_file)
+
+
+def secret_files(path: Path, text: str) -> Iterator[Path]:
+    """Name the files that a configuration's text takes secrets from, except what systemd hands over."""
+    for name in dict.fromkeys(re.findall(r"(?<!\$)\$\{file:([^}]*)\}", text)):
+        file = path.parent / name
+        if not file.is_relative_to(CREDENTIALS):
+            yield file
 
 
 def _advice(what: str) -> str:

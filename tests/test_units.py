@@ -18,6 +18,7 @@ from streamd.units import (
     foreign_variables,
     hardware_of,
     hidden,
+    secret_files,
     service_of,
     unwritable,
 )
@@ -106,3 +107,9 @@ def test_folders_that_the_unit_does_not_allow_are_named() -> None:
 def test_variables_of_the_operators_environment_are_named() -> None:
     found = list(foreign_variables("a: ${GATE}\nb: ${file:x}\nc: $${PLAIN}\nd: ${GATE}"))
     assert len(found) == 1 and found[0].startswith("${GATE}: ")
+
+
+def test_files_with_secrets_are_named_unless_systemd_hands_them_over() -> None:
+    text = "a: ${file:credentials/gate}\nb: ${file:yard.password}\nc: ${file:/srv/key}\nd: $${file:plain}\ne: ${GATE}"
+    found = list(secret_files(Path("/etc/streamd/streamd.yaml"), text))
+    assert found == [Path("/etc/streamd/yard.password"), Path("/srv/key")]
