@@ -422,3 +422,19 @@ def test_any_bytes_give_a_configuration_or_a_config_error(content: bytes, tmp_pa
 
 def test_a_configuration_survives_being_pickled(secret_config: Config) -> None:
     assert pickle.loads(pickle.dumps(secret_config)) == secret_config
+
+
+@pytest.mark.parametrize(
+    ("url", "secret", "expected"),
+    [
+        ("rtsp://u:${SECRET}@camera/1", "p@:s/s%w#\u00f6", "rtsp://u:p%40%3As%2Fs%25w%23%C3%B6@camera/1"),
+        ("rtsp://${SECRET}@camera/1", "user:p@ss", "rtsp://user:p%40ss@camera/1"),
+        ("rtsp://camera/${SECRET}/1", "a/b", "rtsp://camera/a/b/1"),
+        ("rtsp://u:p@${SECRET}/1", "camera:554", "rtsp://u:p@camera:554/1"),
+    ],
+)
+def test_a_secret_in_a_url_s_login_is_taken_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, url: str, secret: str, expected: str
+) -> None:
+    monkeypatch.setenv("SECRET", secret)
+    assert config_of(with_stream(f'url: "{url}"')).streams["gate"].url.get_secret_value() == expected
