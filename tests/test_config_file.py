@@ -118,8 +118,8 @@ def test_defaults_for_files_do_not_forbid_cameras() -> None:
 
 
 def test_a_key_without_a_near_one_names_the_known_ones() -> None:
-    (problem,) = problems_of("models: {m: {path: m.pt}}\nstreams: {s: {url: a}}\nmetrics: {zzz: 1}\n")
-    assert problem == "line 3: metrics: unknown key 'zzz' (known are log_interval_s, insecure, listen)"
+    (problem,) = problems_of("models: {m: {path: m.pt}}\nstreams: {s: {url: a}}\npublish: {zzz: 1}\n")
+    assert problem == "line 3: publish: unknown key 'zzz' (known are format, queue_size, zeromq, redis, spool)"
 
 
 @pytest.mark.parametrize(
