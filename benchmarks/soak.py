@@ -26,10 +26,11 @@ import numpy as np
 import typer
 
 from benchmarks import soak_plot
-from benchmarks.faults.bench import Bench, Victim, running_bench
+from benchmarks.faults.bench import Bench, running_bench
 from benchmarks.faults.catalogue import ROWS
 from benchmarks.faults.observe import attempt, watch
 from benchmarks.faults.row import Outcome, Row
+from benchmarks.faults.victim import Victim
 from benchmarks.measure import ROOT, Machine, Usage, describe_machine
 from streamd.client import subscribe
 from tests.rtsp_faults import End

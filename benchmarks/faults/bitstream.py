@@ -7,8 +7,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.bench import CLIP, FPS, GOP, SIZE, Bench, Victim
+from benchmarks.faults.bench import CLIP, FPS, GOP, SIZE, Bench
 from benchmarks.faults.row import Outcome, Row, expect
+from benchmarks.faults.victim import Victim
 from streamd.wire import DetectionsMessage
 from tests.clips import turn, write_clip
 from tests.rtsp import encode_clip

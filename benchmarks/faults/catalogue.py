@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.faults import bitstream, churn, model, network, output, times
+from benchmarks.faults import bitstream, churn, host, model, network, output, times
 from benchmarks.faults.row import Row
 
 ROWS: tuple[Row, ...] = (
@@ -12,4 +12,5 @@ ROWS: tuple[Row, ...] = (
     *churn.ROWS,
     *model.ROWS,
     *output.ROWS,
+    *host.ROWS,
 )

@@ -7,8 +7,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.faults.bench import CLIP, FPS, GOP, TIMEOUT_S, Bench, Victim
+from benchmarks.faults.bench import CLIP, FPS, GOP, TIMEOUT_S, Bench
 from benchmarks.faults.row import Absent, Missed, Outcome, Row, expect
+from benchmarks.faults.victim import Victim
 from streamd.wire import StatusMessage
 from tests.redis_cases import make_certificates
 from tests.rtsp_faults import Answers, Bitstream, Camera, Delivery, Login

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -51,3 +52,11 @@ def expect(holds: object, otherwise: str) -> None:
     """Raise Missed with `otherwise` unless it holds."""
     if not holds:
         raise Missed(otherwise)
+
+
+def wait_until(holds: Callable[[], bool], within_s: float, otherwise: str) -> None:
+    """Wait for something that is asked again and again. Raises Missed with `otherwise`."""
+    deadline = time.monotonic() + within_s
+    while not holds():
+        expect(time.monotonic() < deadline, f"{otherwise} within {within_s:g} s")
+        time.sleep(0.2)

@@ -7,10 +7,11 @@ from datetime import datetime
 from itertools import groupby, pairwise
 from pathlib import Path
 
-from benchmarks.faults.bench import FPS, Bench, Victim
+from benchmarks.faults.bench import FPS, Bench
 from benchmarks.faults.listener import Listener
 from benchmarks.faults.row import Absent, Outcome, Row, expect
 from benchmarks.faults.second import second_config, second_daemon
+from benchmarks.faults.victim import Victim
 from benchmarks.readers import free_endpoint
 from streamd.wire import DetectionsMessage, StatusMessage
 from tests.rtsp_faults import Camera, RtpClock
