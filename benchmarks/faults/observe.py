@@ -167,7 +167,7 @@ class Rule:
     @property
     def p99(self) -> float:
         """The largest ratio that passes: 1.05, or that of a control, in which nothing was done."""
-        return max(MAX_P99, *(self.ratio(one) for one in self.controls))
+        return max([MAX_P99, *(self.ratio(one) for one in self.controls)])
 
     def failure(self, row: Observation) -> str:
         """Say why a row fails; empty where it passes."""
