@@ -1,9 +1,11 @@
-"""Large tensors lie in huge pages, where the kernel has them."""
+"""Large tensors lie in huge pages, where the kernel has them, and threads share their memory."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+
+import pytest
 
 from streamd.allocator import take_huge_pages
 from tests.conftest import ROOT
@@ -20,6 +22,32 @@ for line in open("/proc/self/smaps"):
         begin, end = (int(part, 16) for part in head.split("-"))
     elif head == "VmFlags:" and begin <= address < end:
         print(line)
+"""
+
+
+COUNT_ARENAS = """
+import ctypes, threading
+from streamd.allocator import keep_freed_memory
+
+libc = ctypes.CDLL(None)
+if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_info")):
+    raise SystemExit("no glibc")
+libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
+libc.malloc_info.argtypes = (ctypes.c_int, ctypes.c_void_p)
+libc.fclose.argtypes = (ctypes.c_void_p,)
+keep_freed_memory()
+all_have = threading.Barrier(32)
+
+def take():
+    libc.malloc(ctypes.c_size_t(100_000))
+    all_have.wait(60)
+
+threads = [threading.Thread(target=take) for _ in range(32)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+out = libc.fopen(b"/dev/stdout", b"w")
+libc.malloc_info(0, out)
+libc.fclose(out)
 """
 
 
@@ -40,3 +68,11 @@ def test_command_line_loads_no_torch_before_it_has_asked() -> None:
     program = "import sys, streamd.cli; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_many_threads_share_two_arenas() -> None:
+    done = subprocess.run([sys.executable, "-c", COUNT_ARENAS], capture_output=True, text=True, timeout=110)
+    if done.stderr.strip() == "no glibc":
+        pytest.skip("the C library is not glibc")
+    assert done.returncode == 0, done.stderr
+    assert 1 <= done.stdout.count("<heap nr=") <= 2
