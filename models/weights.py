@@ -108,9 +108,10 @@ def find(name: str, *, download: bool = True, progress: Progress | None = None) 
     release = RELEASES.get(name)
     if release is None:
         searched = ", ".join(map(str, directories))
+        here = sorted({found.stem for directory in directories for found in directory.glob("[!.]*.pt")})
         raise ModelError(
             f"{name}: no such model: looked for {name}.pt and {name}.pth in {searched}. "
-            f"Give a path, put the file there, or use one of {', '.join(RELEASES)}"
+            f"Give a path, put the file there, or use one of {', '.join(dict.fromkeys((*here, *RELEASES)))}"
         )
     path = cache_directory() / f"{name}.pth"
     if not download:

@@ -39,14 +39,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 config_app = typer.Typer(help="About configuration files.", no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(config_app, name="config")
-app.add_typer(import_app, name="import")
-app.add_typer(data_app, name="data")
-app.add_typer(service_app, name="service")
-app.command()(train)
-app.command("eval")(evaluate)
-app.add_typer(keys_app, name="keys")
-control_commands.register(app)
 
 ConfigPath = Annotated[Path, typer.Argument(help="The YAML file.", metavar="CONFIG")]
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="How much is logged to stderr.")]
@@ -224,7 +216,7 @@ def demo(
 
 @app.command()
 def export(
-    variant: Annotated[str, typer.Argument(help="For example yolox_s; see `streamd export --help`.")],
+    variant: Annotated[str, typer.Argument(help="One of those above, for example yolox_s.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The artifact to write.")],
     weights: Annotated[Path | None, typer.Option(help="A checkpoint; the official weights by default.")] = None,
     labels: Annotated[Path | None, typer.Option(help="A text file, one label a line; COCO's by default.")] = None,
@@ -278,6 +270,16 @@ def schema() -> None:
     from streamd.config import Config
 
     print(json.dumps(Config.model_json_schema(), indent=2))
+
+
+control_commands.register(app)  # `--help` lists commands in this order
+app.command()(train)
+app.command("eval")(evaluate)
+app.add_typer(service_app, name="service")
+app.add_typer(keys_app, name="keys")
+app.add_typer(config_app, name="config")
+app.add_typer(import_app, name="import")
+app.add_typer(data_app, name="data")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ EXIT_OK = 0
 EXIT_CRASHED = 1  # systemd restarts
 SHUTDOWN_DEADLINE_S = 10.0  # the unit's TimeoutStopSec is longer
 _HARD_END_S = 5.0  # after the deadline: then the process ends whatever hangs in it
+_UNUSED_STOP_S = 1.0  # for publishers that have nothing to send yet
 _RELOAD_STOP_S = 0.5  # for a refusal; a model that is loading takes longer, and is not waited for
 _STATUS_INTERVAL_S = 5.0  # states are repeated for subscribers that came late
 
@@ -109,7 +110,7 @@ class Daemon:
             )
             pipeline.warm_up()
         except BaseException:
-            self._publishers.stop(0.0)
+            self._publishers.stop(_UNUSED_STOP_S)
             raise
         pipeline.start()
         self._observed.pipeline, self._observed.ready = pipeline, True

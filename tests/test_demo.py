@@ -61,7 +61,7 @@ def test_ctrl_c_ends_early_and_still_leaves_the_files(untrained_artifact: Path, 
 def test_a_missing_model_is_said_before_anything_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     console = Console(file=io.StringIO())
-    with pytest.raises(ModelError, match=r"my_model: no such model"):
+    with pytest.raises(ModelError, match=r"my_model: no such model.*use one of streamd-person, yolox_nano"):
         demo("my_model", console=console)
     assert console.file.getvalue() == ""  # type: ignore[attr-defined]
 

@@ -50,6 +50,15 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(there), target
 
 
+def test_every_page_is_linked_from_another() -> None:
+    linked = {
+        (page.parent / target.partition("#")[0]).resolve()
+        for page in PAGES
+        for target in LINK.findall(page.read_text())
+    }
+    assert [page.name for page in PAGES if page.parent.name == "docs" and page not in linked] == []
+
+
 @each_page
 def test_every_file_and_module_that_is_named_exists(page: Path) -> None:
     text = page.read_text()
