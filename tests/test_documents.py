@@ -18,6 +18,7 @@ FOLDERS = "tests|streamd|docs|configs|models|gpu|benchmarks|systemd"
 FILE = re.compile(rf"(?<![\w/.-])((?:{FOLDERS})/[\w./-]+\.(?:py|md|yaml|json|sh|pt|png|jpg|cu))\b")
 MODULE = re.compile(r"python3? -m ((?:tests|benchmarks|streamd)(?:\.\w+)*)")
 COMMAND = re.compile(r"(?:^ *(?:\$ )?(?:\w+=\S+ )*|`)streamd ([a-z][^`\n#]*)", re.MULTILINE)  # a line, or between `...`
+PROGRAM: Any = typer.main.get_command(cli.app)
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 
@@ -30,7 +31,7 @@ def anchors(page: Path) -> set[str]:
 
 def options(words: list[str]) -> set[str]:
     """Give the options of the command that these words begin with; an unknown command is an error."""
-    command: Any = typer.main.get_command(cli.app)
+    command = PROGRAM
     while hasattr(command, "commands"):
         assert words[0] in command.commands, f"streamd {words[0]}"
         command, words = command.commands[words[0]], words[1:]
