@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import thread_cpu_s, thread_name
-from streamd import daemon, lane, runner
+from streamd import daemon, model_file, runner
 from streamd.announce import Announcer
 from streamd.config_file import load
 from streamd.decode import choose
@@ -120,7 +120,7 @@ def replace_stages() -> None:
     replacements = [
         (choose, "SoftwareDecoder", TimedDecoder),
         (runner, "assemble", timed_assemble),
-        (lane, "Model", TimedModel),
+        (model_file, "Model", TimedModel),
         (runner, "Postprocessor", TimedPostprocessor),
         (daemon, "Announcer", TimedAnnouncer),
     ]

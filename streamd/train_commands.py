@@ -1,4 +1,4 @@
-"""`streamd train`, `streamd eval` and `streamd data`. Heavy imports stand inside the commands."""
+"""`streamd train` and `streamd data`. Heavy imports stand inside the commands."""
 
 from __future__ import annotations
 
