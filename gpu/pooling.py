@@ -31,6 +31,8 @@ def pool_levels(
     are those of `PoolerConfig`.
     """
     pool = _Pool(side, sampling_ratio, kind)
+    if kind != "max" and not boxes.is_cuda and any(feature.requires_grad for feature in features):
+        return _AlignOwn.apply(pool, boxes, levels, scales, *features)
     if len(features) == 1:
         return pool(features[0], _rois(boxes), scales[0])
     return (_pool_all if boxes.is_cuda else _pool_own)(pool, features, boxes, levels, scales)
@@ -49,49 +51,65 @@ class _Pool:
         if self.kind == "max":
             pooled, _ = torch.ops.torchvision.roi_pool(x, rois, scale, self.side, self.side)
         else:
-            numbers = (scale, self.side, self.side, self.sampling_ratio, self.kind == "align")
-            if x.requires_grad and not x.is_cuda:
-                pooled = _RoiAlign.apply(x, rois, numbers)
-            else:  # torchvision.ops.roi_align would check shapes in a way that warns in a trace
-                pooled = torch.ops.torchvision.roi_align(x, rois, *numbers)
+            # torchvision.ops.roi_align would check shapes in a way that warns in a trace.
+            pooled = torch.ops.torchvision.roi_align(
+                x, rois, scale, self.side, self.side, self.sampling_ratio, self.kind == "align"
+            )
         return pooled.type_as(feature)
 
+    def backward(self, gradient: Tensor, rois: Tensor, scale: float, shape: torch.Size) -> Tensor:
+        """Return the gradient of a map [B,C,H,W] of this shape, from all threads: RoIAlign's own uses one."""
+        num_images, _, height, width = shape
 
-class _RoiAlign(torch.autograd.Function):
-    """torchvision's operator on a CPU, whose backward pass uses all threads: by itself it uses one."""
+        def of_channels(part: Tensor) -> Tensor:
+            numbers = (scale, self.side, self.side, num_images, part.shape[1], height, width, self.sampling_ratio)
+            return torch.ops.torchvision._roi_align_backward(part, rois, *numbers, self.kind == "align")
+
+        parts = gradient.float().chunk(torch.get_num_threads(), dim=1)
+        with ThreadPoolExecutor(len(parts)) as threads:
+            return torch.cat(list(threads.map(of_channels, parts)), dim=1).type_as(gradient)
+
+
+class _AlignOwn(torch.autograd.Function):
+    """`_pool_own` of RoIAlign, to be differentiated on a CPU without a filled copy for each level."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rois: Tensor, numbers: tuple[float, int, int, int, bool]) -> Tensor:
-        ctx.save_for_backward(rois)
-        ctx.shape, ctx.numbers = x.shape, numbers
-        return torch.ops.torchvision.roi_align(x, rois, *numbers)
+    def forward(
+        ctx: Any, pool: _Pool, boxes: Tensor, levels: Tensor, scales: Sequence[float], *features: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(boxes, levels)
+        ctx.pool, ctx.scales, ctx.shapes = pool, scales, [feature.shape for feature in features]
+        return _pool_own(pool, features, boxes, levels, scales)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (rois,), (num_images, _, height, width) = ctx.saved_tensors, ctx.shape
-        scale, rows, columns, *sampling = ctx.numbers
-
-        def of_channels(part: Tensor) -> Tensor:
-            shape = (num_images, part.shape[1], height, width)
-            return torch.ops.torchvision._roi_align_backward(part, rois, scale, rows, columns, *shape, *sampling)
-
-        parts = gradient.chunk(torch.get_num_threads(), dim=1)
-        with ThreadPoolExecutor(len(parts)) as threads:
-            return torch.cat(list(threads.map(of_channels, parts)), dim=1), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        boxes, levels = ctx.saved_tensors
+        gradients = [
+            ctx.pool.backward(gradient[own], rois, scale, shape)
+            for own, rois, scale, shape in zip(
+                *_own_rois(boxes, levels, len(ctx.shapes)), ctx.scales, ctx.shapes, strict=True
+            )
+        ]
+        return None, None, None, None, *gradients
 
 
 def _pool_own(
     pool: _Pool, features: Sequence[Tensor], boxes: Tensor, levels: Tensor, scales: Sequence[float]
 ) -> Tensor:
     """Pick the boxes of each level out."""
-    rois, level_of = _rois(boxes), levels.flatten()
-    pooled = features[0].new_zeros(len(rois), features[0].shape[1], pool.side, pool.side)
-    for level, (feature, scale) in enumerate(zip(features, scales, strict=True)):
-        own = (level_of == level).nonzero()[:, 0]
+    pooled = features[0].new_zeros(boxes.shape[0] * boxes.shape[1], features[0].shape[1], pool.side, pool.side)
+    for feature, scale, own, rois in zip(features, scales, *_own_rois(boxes, levels, len(features)), strict=True):
         if len(own):
-            pooled = pooled.index_put_((own,), pool(feature, rois[own], scale))
+            pooled = pooled.index_put_((own,), pool(feature, rois, scale))
     return pooled
+
+
+def _own_rois(boxes: Tensor, levels: Tensor, num_levels: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Return for each level the rows of its boxes, and those boxes as `_rois` gives them."""
+    rois, level_of = _rois(boxes), levels.flatten()
+    rows = [(level_of == level).nonzero()[:, 0] for level in range(num_levels)]
+    return rows, [rois[own] for own in rows]
 
 
 def _pool_all(

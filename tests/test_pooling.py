@@ -37,16 +37,26 @@ def test_maps_in_channels_last_memory_pool_the_same() -> None:
 
 
 @pytest.mark.parametrize("kind", ["align", "align_unshifted"])
-def test_gradient_of_the_maps_is_torchvisions(kind: str) -> None:
-    feature = torch.rand(2, 5, 12, 16, dtype=torch.float32, requires_grad=True)
-    boxes = random_boxes()
-    rois = pooling._rois(boxes)
-    expected_of = torch.ops.torchvision.roi_align(feature, rois, 0.25, 7, 7, 2, kind == "align")
-    weights = torch.rand_like(expected_of)
-    (expected,) = torch.autograd.grad((expected_of * weights).sum(), feature)
-    pooled = pooling.pool_levels([feature], boxes, torch.zeros(boxes.shape[:2]), [0.25], 7, 2, kind)
-    (gradient,) = torch.autograd.grad((pooled * weights).sum(), feature)
-    torch.testing.assert_close(gradient, expected)
+def test_gradients_of_the_maps_are_torchvisions(kind: str) -> None:
+    features, boxes, levels = inputs()
+    for feature in features:
+        feature.requires_grad_()
+    expected = torch.stack(
+        [
+            torch.ops.torchvision.roi_align(feature, pooling._rois(boxes), scale, 7, 7, 2, kind == "align")
+            * (levels.flatten() == level)[:, None, None, None]
+            for level, (feature, scale) in enumerate(zip(features, SCALES, strict=True))
+        ]
+    ).sum(0)
+    pooled = pooling.pool_levels(features, boxes, levels, SCALES, 7, 2, kind)
+    torch.testing.assert_close(pooled, expected)
+    weights = torch.rand_like(expected)
+    for got, wanted in zip(
+        torch.autograd.grad((pooled * weights).sum(), features),
+        torch.autograd.grad((expected * weights).sum(), features),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, wanted)
 
 
 def test_a_level_without_boxes_pools_nothing() -> None:
