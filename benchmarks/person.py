@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from streamd.config import StreamConfig
+from streamd.connection import connector
 from streamd.datasets import data
 from streamd.decode import Decoders
 from streamd.evaluation.evaluate import Options, evaluate
@@ -29,7 +30,6 @@ from streamd.evaluation.scores import Scores
 from streamd.infer import Model
 from streamd.messages import Frame
 from streamd.models import weights
-from streamd.pipeline import connector
 from streamd.runner import Runner
 from tests.test_accuracy import EVERY, average_precision_50, load_ground_truth
 

@@ -365,6 +365,10 @@ class Config(Section):
         named = self.streams[stream].model
         return named if named is not None else next(iter(self.models))
 
+    def streams_of(self, model: str) -> list[str]:
+        """Name the streams of a model."""
+        return [stream for stream in self.streams if self.model_of(stream) == model]
+
 
 def with_defaults(tree: Any) -> Any:
     """Copy the keys of `defaults:` into each stream that does not say otherwise, before validation."""

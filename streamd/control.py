@@ -18,7 +18,7 @@ from streamd.changes import Changes
 from streamd.control_messages import Answer, AnswerError, Request, decode_request, encode
 from streamd.errors import ConfigError, StreamdError
 from streamd.redact import redact
-from streamd.thread_names import name_thread
+from streamd.threads import name_thread
 
 logger = logging.getLogger(__name__)
 

@@ -22,13 +22,13 @@ from rich.text import Text
 
 from streamd.client import Subscription, subscribe
 from streamd.config import Config, MetricsConfig, ModelConfig, PublishConfig, StreamConfig, ZeroMqConfig
+from streamd.connection import connector
 from streamd.daemon import EXIT_OK, SHUTDOWN_DEADLINE_S, Daemon
 from streamd.decode import Decoders
 from streamd.draw import VideoWriter, annotate, caption, contact_sheet, load_library, save_png, to_rgb
 from streamd.errors import StreamdError
 from streamd.messages import Frame
 from streamd.models import weights
-from streamd.pipeline import connector
 from streamd.watch import REFRESH_S, StreamTable, render
 from streamd.wire import DetectionsMessage, Message
 

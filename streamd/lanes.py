@@ -58,7 +58,7 @@ def warm_new(config: Config, lanes: Lanes, present: Collection[Lane]) -> Mapping
     """Warm the lanes that are not yet at work, each for its share of the model's streams."""
     work = {}
     for name, group in lanes.items():
-        streams = [stream for stream in config.streams if config.model_of(stream) == name]
+        streams = config.streams_of(name)
         for index, lane in enumerate(group):
             if lane not in present:
                 served = streams[index :: len(group)] or streams

@@ -17,7 +17,7 @@ from streamd.config_file import load, with_stream, without_stream
 from streamd.errors import ConfigError, StreamdError
 from streamd.notify import Notifier
 from streamd.redact import redact
-from streamd.thread_names import name_thread
+from streamd.threads import name_thread
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from pydantic import SecretStr
 
 from streamd.backoff import Backoff
 from streamd.config import StreamConfig
+from streamd.connection import connector
 from streamd.decode import Decoders
 from streamd.messages import Frame, Status, StreamState
-from streamd.pipeline import connector
 from streamd.supervisor import Policy, Supervisor
 
 DEADLINE_S = 30.0  # for what a test waits for; only a test that fails waits so long

@@ -16,10 +16,10 @@ import streamd
 from streamd.backoff import Backoff
 from streamd.batch import Batcher
 from streamd.config import StreamConfig
+from streamd.connection import connector
 from streamd.decode import Decoders
 from streamd.errors import SourceError
 from streamd.messages import Frame, Status
-from streamd.pipeline import connector
 from streamd.supervisor import Connection, Policy, Supervisor
 from tests.clips import write_clip
 
@@ -29,7 +29,7 @@ STAMPS = {  # where the wall clock is read, and what for
     "announce.py": "the age of a frame that the camera stamped",
     "demo.py": "the same",
     "watch.py": "the same",
-    "pipeline.py": "when something was said of a stream",
+    "streams.py": "when something was said of a stream",
     "publish/spool.py": "the name of a file that is put aside",
     "sources/source.py": "when a packet came",
     "supervisor.py": "when a state was entered, and when a file's frame was due",

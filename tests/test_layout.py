@@ -18,7 +18,7 @@ FOLDERS = ("streamd", "models", "gpu", "configs", "systemd", "tests", "benchmark
 LINKED = ("models", "gpu", "configs", "systemd")
 STAGES = ("sources", "decode", "batch", "infer", "postprocess", "publish", "track")
 # Evaluation takes a data set through the same stages.
-MAY_IMPORT_STAGES = ("pipeline", "lane", "runner", "daemon", "evaluation.routes", "evaluation.evaluate")
+MAY_IMPORT_STAGES = ("connection", "lane", "runner", "evaluation.routes", "evaluation.evaluate")
 MACHINE_PATH = re.compile(r"/(?:work|root|home/[a-z]+|Users/[a-z]+)/")
 IMAGES_AND_MODELS = {".pt", ".mp4", ".png", ".jpg", ".gif", ".npz", ".pyc"}
 
@@ -76,7 +76,7 @@ def test_a_stage_imports_no_other_stage() -> None:
     assert not wrong
 
 
-def test_only_the_pipeline_and_the_daemon_bring_stages_together() -> None:
+def test_only_connections_lanes_and_evaluation_bring_stages_together() -> None:
     wrong = []
     for module, file in own_modules().items():
         stages = {stage_of(imported) for imported in imported_modules(file)} - {None, stage_of(module)}

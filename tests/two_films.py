@@ -13,7 +13,7 @@ from streamd.changes import difference
 from streamd.config import Config
 from streamd.lane import Lane
 from streamd.lanes import Prepared
-from streamd.messages import Result, Status
+from streamd.messages import Result, Status, StreamState
 from streamd.metrics.readings import ModelReading
 from streamd.pipeline import Pipeline
 
@@ -40,12 +40,13 @@ class TwoFilms:
         self.failures: list[tuple[Lane, Exception]] = []
         self.has_failed = threading.Event()
         self.is_over = threading.Event()
+        self._is_second_there = threading.Event()
         self._reached: dict[int, threading.Event] = defaultdict(threading.Event)
         self._may_pass: dict[int, threading.Event] = {}
         self.pipeline = Pipeline(
             self.config,
             self._deliver,
-            self.statuses.append,
+            self._on_status,
             on_crash=self._on_crash,
             on_end=self.is_over.set,
             on_failure=self._on_failure,
@@ -114,12 +115,18 @@ class TwoFilms:
 
     def _see(self, result: Result) -> None:
         if result.frame.stream == STREAMS[0]:
+            assert self._is_second_there.wait(WITHIN_S), "else the first version might see only one of the films"
             self._reached[result.frame.seq].set()
             if gate := self._may_pass.get(result.frame.seq):
                 assert gate.wait(WITHIN_S)
 
     def _deliver(self, result: Result) -> None:
         self.results[result.frame.stream].append(result)
+
+    def _on_status(self, status: Status) -> None:
+        self.statuses.append(status)
+        if status.stream == STREAMS[1] and status.state == StreamState.RUNNING:
+            self._is_second_there.set()
 
     def _on_crash(self, err: Exception) -> None:
         self.crashes.append(err)

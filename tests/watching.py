@@ -13,9 +13,9 @@ import torch
 
 from streamd.backoff import Backoff
 from streamd.config import StreamConfig
+from streamd.connection import connector
 from streamd.decode import Decoders
 from streamd.messages import Frame, Status
-from streamd.pipeline import connector
 from streamd.supervisor import Policy, Supervisor
 from tests.clips import REST, TOP_LEFT
 from tests.decoding import luma_of

@@ -16,7 +16,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from streamd.decode.gop import GopError
-from streamd.thread_names import name_thread
+from streamd.threads import name_thread
 
 if TYPE_CHECKING:
     from nvidia.dali.pipeline import Pipeline

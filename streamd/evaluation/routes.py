@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from streamd import wire
 from streamd.announce import Announcer, detections_message
 from streamd.config import Config, ModelConfig, StreamConfig
+from streamd.connection import connector
 from streamd.datasets.records import Record
 from streamd.decode import Decoders
 from streamd.errors import DataError, ModelError, SourceError
@@ -33,7 +34,7 @@ from streamd.models import artifact, rebuild
 from streamd.models.contract import pack
 from streamd.models.spec import ModelSpec, NmsRule
 from streamd.models.weights import load_weights
-from streamd.pipeline import Pipeline, connector
+from streamd.pipeline import Pipeline
 from streamd.runner import Runner
 from streamd.wire import DetectionsMessage
 

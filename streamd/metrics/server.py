@@ -20,7 +20,7 @@ from typing import Any
 
 from streamd.errors import PublishError
 from streamd.metrics.endpoint import Endpoint
-from streamd.thread_names import name_thread
+from streamd.threads import name_thread
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from streamd.backoff import Backoff
 from streamd.errors import PublishError
-from streamd.thread_names import name_thread
+from streamd.threads import name_thread
 from streamd.wire import Kind
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from zmq.utils import z85
 
 from streamd.errors import PublishError
 from streamd.publish import REPORT_INTERVAL_S
-from streamd.thread_names import name_thread
+from streamd.threads import name_thread
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from streamd.publish import REPORT_INTERVAL_S, Outgoing
 from streamd.publish.retries import Retries
 from streamd.publish.spool import Entry, Spool
 from streamd.room import require_room
-from streamd.thread_names import name_thread
+from streamd.threads import name_thread
 
 logger = logging.getLogger(__name__)
 
