@@ -10,6 +10,9 @@ import threading
 
 from streamd.errors import StreamdError
 
+NO_THREADS = "no more threads can be had; raise the limit (TasksMax= or `ulimit -u`)"
+NO_FILES = "no more files can be opened; raise the limit (LimitNOFILE= or `ulimit -n`)"
+
 
 def require_room(num_threads: int, num_descriptors: int) -> None:
     """Raise StreamdError where so many more cannot be had now; none is kept."""
@@ -24,9 +27,9 @@ def require_room(num_threads: int, num_descriptors: int) -> None:
             thread.start()
             threads.append(thread)
     except RuntimeError as err:
-        raise StreamdError("no more threads can be had; raise the limit (TasksMax= or `ulimit -u`)") from err
+        raise StreamdError(NO_THREADS) from err
     except OSError as err:
-        raise StreamdError("no more files can be opened; raise the limit (LimitNOFILE= or `ulimit -n`)") from err
+        raise StreamdError(NO_FILES) from err
     finally:
         over.set()
         for descriptor in descriptors:

@@ -93,7 +93,7 @@ def status(config: ConfigPath, root: Root = Path("/")) -> None:
     except ConfigError as err:
         tree = None
         print(f"streamd: {err}", file=sys.stderr)
-    drop_in = Path("/etc/systemd/system", _service(config, tree, "cpu").drop_ins.name, "cpu.conf")
+    drop_in = _service(config, tree, "cpu").drop_ins / "cpu.conf"
     system = services.System(root.absolute(), print)
     report = services.report(_service(config, tree, "cpu" if system.read(drop_in) else "gpu"), system)
     print("\n".join(report.lines))

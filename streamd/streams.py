@@ -16,6 +16,7 @@ from streamd.errors import SourceError
 from streamd.lane import Lane
 from streamd.lanes import Lanes
 from streamd.messages import Status
+from streamd.room import NO_THREADS
 from streamd.stream import Stream
 from streamd.threads import guarded, join
 
@@ -111,8 +112,7 @@ class Streams:
             stream.thread.start()
         except RuntimeError:
             stream.thread = None
-            reason = "no more threads can be had; raise the limit (TasksMax= or `ulimit -u`)"
-            stream.supervisor.note_failure(SourceError(reason), retry_in_s=_THREAD_RETRY_S)
+            stream.supervisor.note_failure(SourceError(NO_THREADS), retry_in_s=_THREAD_RETRY_S)
 
     def _run(self, stream: Stream) -> None:
         with suppress(OSError):  # not allowed in some containers; then they compete

@@ -6,6 +6,8 @@ import ipaddress
 import re
 from dataclasses import dataclass
 
+from streamd.addresses import is_loopback
+
 _TCP = re.compile(r"tcp://(?:\[(?P<v6>[0-9a-fA-F:.%]+)\]|(?P<host>[^\[\]:/]+)):(?P<port>\d{1,5})")
 _MAX_PATH_BYTES = 107  # Linux: sun_path, less its zero
 
@@ -42,7 +44,7 @@ class Endpoint:
     @property
     def is_local(self) -> bool:
         """Tell whether only this machine reaches it."""
-        return bool(self.path) or ipaddress.ip_address(self.host).is_loopback
+        return bool(self.path) or is_loopback(self.host)
 
     def __str__(self) -> str:
         if self.path:

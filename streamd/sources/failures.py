@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import av.error
 
 from streamd.errors import SourceError
+from streamd.room import NO_FILES
 from streamd.sources.options import SourceOptions
 
 Said = Sequence[tuple[str, str]]  # what FFmpeg's log says: who, what
@@ -27,7 +28,7 @@ _MEANINGS = {
 def open_error(err: Exception, options: SourceOptions, waited_s: float, said: Said) -> SourceError:
     """Translate what opening raised."""
     if getattr(err, "errno", None) in (errno.EMFILE, errno.ENFILE):
-        return SourceError("no more files can be opened; raise the limit (LimitNOFILE= or `ulimit -n`)")
+        return SourceError(NO_FILES)
     if isinstance(err, av.error.HTTPUnauthorizedError):
         return SourceError("the camera refuses the user name or password (401)", "unauthorized", permanent=True)
     if isinstance(err, av.error.HTTPForbiddenError):
