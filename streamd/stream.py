@@ -29,7 +29,8 @@ class Stream:
         """Make room in the lane; `start` begins to read. `on_status` is called from the stream's thread."""
         self.name = name
         self.lane = lane
-        self.has_ended = False  # by itself or stopped; set by the stream's thread
+        self.has_ended = False  # by itself, or with the daemon; set by the stream's thread
+        self.is_leaving = False  # a change of the configuration ends it, and another may take its place
         self._has_left = False
         self._moving = threading.Lock()
         lane.batcher.add(name, lossless=config.is_file and config.pace == "fast")

@@ -118,8 +118,9 @@ class Streams:
         with suppress(OSError):  # not allowed in some containers; then they compete
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _DECODER_NICENESS)
         stream.supervisor.run()
-        stream.has_ended = True
-        self.note_end()
+        if not stream.is_leaving:  # else all of them might seem to have ended while the new ones are not there yet
+            stream.has_ended = True
+            self.note_end()
 
     def _move(self, stream: Stream, lanes: list[Lane]) -> bool:
         """Send a stream's frames to its new model; False where that is on another device, so that it must reconnect."""
@@ -130,6 +131,7 @@ class Streams:
 
     def _disconnect(self, streams: list[Stream]) -> None:
         for stream in streams:
+            stream.is_leaving = True
             stream.supervisor.stop()
         self._leaving = [thread for thread in self._leaving if thread.is_alive()]
         threads = [stream.thread for stream in streams if stream.thread]

@@ -160,6 +160,17 @@ def test_what_did_not_change_goes_on_without_a_gap_while_streams_models_and_publ
     assert said.index("RELOADING") < said.index("MONOTONIC_USEC") < said.index("READY")
 
 
+def test_a_change_of_every_stream_at_once_does_not_end_the_daemon(site: Site) -> None:
+    with listen(site.address) as messages:
+        before = collect(messages, has_results("steady", "leaving", "altered"))
+        site.config["defaults"]["stall_timeout_s"] = 6
+        assert site.reload().done == "streams changed: altered, leaving, steady"
+        later = collect(messages, lambda got: bool(got) and has_results("steady", "leaving", "altered", num=20)(got))
+    for stream in ("steady", "leaving", "altered"):
+        numbers = [m.seq for m in results_of(before + later, stream)]
+        assert numbers == list(range(numbers[0], numbers[0] + len(numbers))), "its numbers go on"
+
+
 def test_another_model_file_takes_over_between_two_results_and_the_stream_stays_connected(
     site: Site, other_artifact: Path
 ) -> None:
