@@ -52,6 +52,16 @@ class PlainLoader(yaml.SafeLoader):
         except TypeError as err:  # a key that holds a list is hashable by its type and not by its value
             raise yaml.constructor.ConstructorError(problem="a key is no word", problem_mark=node.start_mark) from err
 
+    def plain_text(self, node: yaml.ScalarNode) -> str:
+        text = str(self.construct_scalar(node))
+        try:
+            text.encode()
+        except UnicodeEncodeError as err:
+            raise yaml.constructor.ConstructorError(
+                problem="half of a character", problem_mark=node.start_mark
+            ) from err
+        return text
+
     def plain_number(self, node: yaml.ScalarNode) -> int | float:
         if len(node.value) > MAX_NUMBER:
             raise yaml.constructor.ConstructorError(
@@ -61,5 +71,6 @@ class PlainLoader(yaml.SafeLoader):
         return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
 
 
+PlainLoader.add_constructor("tag:yaml.org,2002:str", PlainLoader.plain_text)
 for _kind in ("int", "float"):
     PlainLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", PlainLoader.plain_number)

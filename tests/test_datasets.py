@@ -203,12 +203,13 @@ def test_pictures_that_cannot_be_used_are_listed_and_dropped(tmp_path: Path) -> 
         for number, name in enumerate(names, start=1)
     ]
     images += [{"id": 1, "file_name": "twice.jpg", "width": 40, "height": 30}, {"id": 99}, "x", {"file_name": "a\0"}]
+    images += [{"id": 50, "file_name": "too_long" * 40}, {"id": 51, "file_name": "half of a character: \ud800"}]
     (tmp_path / "a.json").write_text(json.dumps(coco(images=images)))
     dataset = data.read(tmp_path, deep=True)
     assert [record.file.name for record in dataset.records] == ["sound.jpg"]
     kinds = Counter(problem.kind for problem in dataset.problems)
-    expected = {"missing file": 1, "unreadable picture": 3, "size differs": 1, "duplicate picture": 1}
-    assert kinds == expected | {"duplicate id": 1, "bad record": 3}
+    expected = {"missing file": 2, "unreadable picture": 3, "size differs": 1, "duplicate picture": 1}
+    assert kinds == expected | {"duplicate id": 1, "bad record": 4}
     shallow = data.read(tmp_path)
     assert [record.file.name for record in shallow.records] == ["sound.jpg", "cut.jpg"]
     with pytest.raises(DataError, match=r"cut\.jpg: cannot read the picture: .*data check --deep"):
@@ -441,6 +442,10 @@ def test_bad_line_of_yolo_is_listed_with_its_number(yolo_folder: Path, line: str
         ("names: [a]", "say which split to read; it has: none"),
         ("names: [a]\ntrain: x\nval: y", "say which split to read; it has: train, val"),
         ("names: [a]\ntrain: x", "train: there is no"),
+        (f"names: [a]\ntrain: {'x' * 300}", "train: there is no"),
+        ("names: [a]\ntrain: /dev/zero", "train: there is no"),
+        ('names: ["\\ud800"]\ntrain: images/train', "half of a character"),
+        ("names: [a]\n" + "#" * (4 << 20), "larger than 4 MiB"),
         ("a: &a [x, x]\nb: &b [*a, *a]\nnames: [*b, *b]\ntrain: y", "expected a list of names"),
         ("names: [a]\ntrain: {x: y}", "expected a folder"),
         ("names: [a]\nkpt_shape: [17, 3]\ntrain: images/train", "convert the data set to COCO"),
@@ -451,6 +456,23 @@ def test_bad_description_of_yolo_stops_with_one_error(yolo_folder: Path, text: s
     with pytest.raises(DataError, match="data") as caught:
         data.read(yolo_folder / "data.yaml")
     assert expected in str(caught.value)
+
+
+def test_lines_that_name_no_picture_are_listed_and_the_others_read(yolo_folder: Path) -> None:
+    (yolo_folder / "data.yaml").write_text("train: list.txt\nnames: [cup, box]\n")
+    (yolo_folder / "list.txt").write_text(f"/\n..\n{'x' * 300}.jpg\na\0.jpg\nimages/train/a.jpg\n")
+    dataset = data.read(yolo_folder)
+    assert [record.file.name for record in dataset.records] == ["a.jpg"]
+    assert [problem.kind for problem in dataset.problems][:-1] == ["missing file"] * 4  # the last is a box without mask
+
+
+def test_pictures_whose_names_are_no_utf8_are_read_and_named(yolo_folder: Path) -> None:
+    for name, changed in ((b"a", b"\xe4"), (b"b", b"\xf6")):
+        os.rename(*(os.fsencode(yolo_folder) + b"/images/train/%s.jpg" % one for one in (name, changed)))
+    (yolo_folder / os.fsdecode(b"images/train/\xf6.jpg")).write_text("no picture")
+    dataset = data.read(yolo_folder / "data.yaml")
+    assert [os.fsencode(record.file.name) for record in dataset.records] == [b"\xe4.jpg"]
+    assert dataset.problems[0].place.encode() == rb"\udcf6.jpg"
 
 
 def make_panoptic(folder: Path) -> Path:

@@ -54,6 +54,14 @@ def test_a_base_is_read_first_relative_to_the_file_that_names_it(tmp_path: Path)
     assert "_BASE_" not in config
 
 
+def test_bases_that_name_each_other_again_and_again_are_refused_in_time(tmp_path: Path) -> None:
+    for number in range(19):
+        written(tmp_path, f"_BASE_: [{number + 1}.yaml, {number + 1}.yaml]", f"{number}.yaml")
+    written(tmp_path, "VERSION: 2", "19.yaml")
+    with pytest.raises(ModelError, match="more than 64 files"):
+        read(tmp_path / "0.yaml")
+
+
 def test_numbers_and_tuples_that_yaml_takes_for_words_are_read(tmp_path: Path) -> None:
     text = """
 INPUT:
@@ -126,6 +134,7 @@ def test_tags_that_name_anything_of_python_are_refused_and_nothing_runs(
         ("_BASE_: config.yaml", "is its own _BASE_"),
         ("_BASE_: detectron2://x.yaml", "fetch that configuration"),
         ("_BASE_: missing.yaml", r"missing.yaml: cannot be read"),
+        ("_BASE_: ~nobody-of-that-name/a.yaml", "no file has that name"),
         ("just words", "not a configuration of Detectron2"),
         ("", "not a configuration of Detectron2"),
         ("MODEL: {", "cannot be read: line 1"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import copy
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ _BASE = "_BASE_"
 _MAX_BYTES = 1 << 20  # a full configuration has 10 kB
 _MAX_VALUES = 100_000  # a few lines of aliases of aliases stand for billions of values
 _MAX_DEPTH = 20
+_MAX_FILES = 64  # that are read for one: each may name several, and those the same again
+_MAX_NUMBER = 1 << 63  # of whole numbers where a broken one is meant
 _LITERAL = re.compile(r"[(\[]|[-+.\d]+(e[-+]?\d+)?$", re.IGNORECASE)
 _KINDS = {dict: "a map", list: "a list", str: "a word", bool: "a truth value", int: "a whole number", float: "a number"}
 # The one expression that Detectron2's own files hold (Base-RetinaNet.yaml). It is looked up; nothing is evaluated.
@@ -37,7 +40,7 @@ _EXPRESSIONS = {
 
 def read(path: Path) -> Config:
     """Read a configuration; every key of `DEFAULTS` is there, and of its type. Raises ModelError."""
-    own = _read_with_base(path, ())
+    own = _read_with_base(path, (), itertools.count(1))
     if own.get("VERSION", 2) != 2:
         raise ModelError(f"{path}: VERSION is {own['VERSION']}, and only 2 is read; convert it with Detectron2")
     return _merge(DEFAULTS, own, path, "")
@@ -121,18 +124,23 @@ _Loader.add_constructor("tag:yaml.org,2002:python/tuple", _Loader.plain_tuple)
 _Loader.add_constructor("tag:yaml.org,2002:python/object/apply:eval", _Loader.known_expression)
 
 
-def _read_with_base(path: Path, readers: tuple[Path, ...]) -> Config:
-    """Read a file over those that its `_BASE_` names, which are relative to it."""
+def _read_with_base(path: Path, readers: tuple[Path, ...], numbers: Iterator[int]) -> Config:
+    """Read a file over those that its `_BASE_` names, which are relative to it; each takes one of the numbers."""
     if path.resolve() in readers:
         raise ModelError(f"{path}: is its own {_BASE}")
+    if next(numbers) > _MAX_FILES:
+        raise ModelError(f"{path}: more than {_MAX_FILES} files are read by way of {_BASE}")
     own = _load(path)
     bases = own.pop(_BASE, [])
     merged: Config = {}
     for base in bases if isinstance(bases, list) else [bases]:
         if not isinstance(base, str) or "://" in base:
-            raise ModelError(f"{path}: its {_BASE} is {base!r}; fetch that configuration and name the file")
-        base_path = path.parent / Path(base).expanduser()
-        merged = _merge(merged, _read_with_base(base_path, (*readers, path.resolve())), path)
+            raise ModelError(f"{path}: its {_BASE} is {base!r:.80}; fetch that configuration and name the file")
+        try:
+            base_path = (path.parent / Path(base).expanduser()).resolve()
+        except (OSError, RuntimeError, ValueError) as err:  # a home of nobody, a character that no name has
+            raise ModelError(f"{path}: its {_BASE} is {base!r:.80}, and no file has that name: {err}") from err
+        merged = _merge(merged, _read_with_base(base_path, (*readers, path.resolve()), numbers), path)
     return _merge(merged, own, path)
 
 
@@ -189,8 +197,10 @@ def _merge(base: Config, own: Config, path: Path, place: str = "") -> Config:
 def _fit(default: Any, value: Any, path: Path, place: str) -> Any:
     if isinstance(default, dict) and isinstance(value, dict):
         return _merge(default, value, path, f"{place}.")
-    if type(default) is float and type(value) is int:
+    if type(default) is float and type(value) is int and abs(value) < _MAX_NUMBER:
         return float(value)
     if default is not None and type(default) is not type(value):
-        raise ModelError(f"{path}: {place} is {value!r}, want {_KINDS.get(type(default), 'nothing')} as {default!r}")
+        raise ModelError(
+            f"{path}: {place} is {value!r:.80}, want {_KINDS.get(type(default), 'nothing')} as {default!r}"
+        )
     return value

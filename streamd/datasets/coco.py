@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -73,7 +74,7 @@ def read(file: Path, content: Mapping[str, list[Any]], images: Path | None, find
 def read_categories(file: Path, entries: Sequence[Any]) -> list[Entry]:
     """Return the categories by rising id, which gives each label its number. Raises DataError."""
     for number, entry in enumerate(entries):
-        is_sound = isinstance(entry, dict) and _is_id(entry.get("id")) and isinstance(entry.get("name"), str)
+        is_sound = isinstance(entry, dict) and _is_id(entry.get("id")) and _is_text(entry.get("name"))
         if not is_sound:
             raise DataError(f"{file}: categories[{number}]: expected an integer 'id' and a 'name', got {entry!r:.80}")
     if not entries:
@@ -89,7 +90,7 @@ def read_entries(file: Path, entries: Sequence[Any], findings: Findings) -> list
     """Return the entries of pictures that have an id and a name; list the others."""
     sound = []
     for number, entry in enumerate(entries):
-        is_sound = isinstance(entry, dict) and _is_id(entry.get("id")) and bool(_as_name(entry.get("file_name")))
+        is_sound = isinstance(entry, dict) and _is_id(entry.get("id")) and _is_file_name(entry.get("file_name"))
         if is_sound:
             sound.append(entry)
         else:
@@ -108,7 +109,7 @@ def find_folder(file: Path, entries: Sequence[Entry], images: Path | None) -> Pa
     split = file.stem.rpartition("_")[2]  # instances_val2017: val2017
     near = (file.parent, file.parent.parent)
     candidates = [folder for base in near for folder in (base / "images" / split, base / "images", base / split, base)]
-    counts = [sum((folder / name).is_file() for name in names) for folder in candidates]
+    counts = [sum(os.path.isfile(folder / name) for name in names) for folder in candidates]
     if names and not max(counts):
         places = ", ".join(str(folder) for folder in candidates[:4])
         raise DataError(
@@ -185,7 +186,10 @@ def _corners(box: object) -> Sequence[object] | None:
         return (box,)
     if len(box) != 4 or not all(type(value) in (int, float) for value in box):
         return box
-    x, y, width, height = box
+    try:
+        x, y, width, height = map(float, box)
+    except OverflowError:  # JSON's whole numbers have no end
+        return box
     return x, y, x + width, y + height
 
 
@@ -193,7 +197,7 @@ def _keypoint_names(file: Path, categories: Sequence[Entry]) -> tuple[str, ...]:
     """Return the points that the categories have in common. Raises DataError where two differ."""
     for category in categories:
         names = category.get("keypoints") or []
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        if not isinstance(names, list) or not all(map(_is_text, names)):
             raise DataError(f"{file}: categories: 'keypoints' must be a list of names, got {names!r:.80}")
     found = {tuple(category["keypoints"]): category["name"] for category in categories if category.get("keypoints")}
     if len(found) > 1:
@@ -223,8 +227,13 @@ def _is_id(value: object) -> bool:
     return type(value) is int
 
 
-def _as_name(value: object) -> str:
-    return value if isinstance(value, str) and "\0" not in value else ""
+def _is_file_name(value: object) -> bool:
+    return _is_text(value) and value not in ("", ".", "..") and "\0" not in str(value)
+
+
+def _is_text(value: object) -> bool:
+    """Tell text from other values, and from half of a character, which JSON can say and nothing can write."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _kind(value: object) -> str:

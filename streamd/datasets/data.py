@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ def read(
     Raises DataError where a whole file is bad or nothing sound is left.
     """
     findings = Findings()
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"{path}: there is no such file or folder; check the path")
     draft = _read(path, images, format, split, findings)
     records = accept(draft, findings, deep=deep)
@@ -104,5 +105,5 @@ def _fingerprint(sources: Sequence[Path], records: Sequence[Record]) -> str:
     for source in sources:
         digest.update(hashlib.sha256(source.read_bytes()).digest())
     for record in records:
-        digest.update(f"{record.file.name}\0{record.file.stat().st_size}\n".encode())
+        digest.update(b"%s\0%d\n" % (os.fsencode(record.file.name), record.file.stat().st_size))
     return digest.hexdigest()

@@ -39,7 +39,12 @@ class Findings:
     problems: list[Problem] = field(default_factory=list)
 
     def add(self, kind: Kind, place: str, text: str) -> None:
-        self.problems.append(Problem(place, kind, text))
+        self.problems.append(Problem(_printable(place), kind, _printable(text)))
+
+
+def _printable(text: str) -> str:
+    """Write out the bytes of a file's name that is not UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -70,14 +70,16 @@ def _clipped(polygon: object, width: int, height: int) -> list[float]:
 
 def _from_runs(mask: Mapping[object, object], width: int, height: int) -> Rle:
     if mask.get("size") != [height, width]:
-        raise DataError(f"the mask has the size {mask.get('size')}, its picture [{height}, {width}] (height, width)")
+        raise DataError(
+            f"the mask has the size {mask.get('size')!s:.40}, its picture [{height}, {width}] (height, width)"
+        )
     counts = mask.get("counts")
     if isinstance(counts, str):
         try:
             return encode_pixels(wire.Mask(size=(height, width), counts=counts).decode())
         except WireError as err:
             raise DataError("the mask's run lengths are damaged: they do not add up to the picture") from err
-    if not isinstance(counts, list) or not all(type(run) is int and run >= 0 for run in counts):
+    if not isinstance(counts, list) or not all(type(run) is int and 0 <= run <= width * height for run in counts):
         raise DataError("the mask's counts are neither a string nor a list of run lengths")
     if sum(counts) != width * height:
         raise DataError(f"the mask's run lengths add up to {sum(counts)} pixels, its picture has {width * height}")

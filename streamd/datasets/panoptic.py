@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,7 +96,7 @@ def _picture(
     try:
         ids = pictures.read_segment_ids(segments_file)
     except DataError as err:
-        findings.add("missing file" if not segments_file.is_file() else "unreadable annotation", place, str(err))
+        findings.add("unreadable annotation" if os.path.isfile(segments_file) else "missing file", place, str(err))
         return None
     size = coco.size_of(entry) or (ids.shape[1], ids.shape[0])
     if ids.shape != size[::-1]:

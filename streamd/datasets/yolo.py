@@ -6,6 +6,7 @@ which. So the lines are read here.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,9 @@ def read(file: Path, images: Path | None, split: str | None, findings: Findings)
     drafts, sources = [], [file]
     files = list(_pictures(file, description, split, images))
     for number, picture in enumerate(files, start=1):
+        if not os.path.isfile(picture):
+            findings.add("missing file", picture.name or str(picture), f"there is no picture {picture}")
+            continue
         label_file = _label_file(picture)
         if label_file.is_file():
             sources.append(label_file)
@@ -53,14 +57,19 @@ def read(file: Path, images: Path | None, split: str | None, findings: Findings)
 
 def _has_names(file: Path) -> bool:
     """Tell a data set's YAML from a recipe that lies beside it."""
-    return re.search(rb"^names\s*:", read_bytes(file, _MAX_YAML_BYTES), re.MULTILINE) is not None
+    return re.search(rb"^names\s*:", _content(file), re.MULTILINE) is not None
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return read_bytes(file, _MAX_YAML_BYTES)
+    except OSError as err:
+        raise DataError(f"{file}: cannot read it: {err.strerror}") from err
 
 
 def _load(file: Path) -> Mapping[str, Any]:
     try:
-        content = yaml.load(read_bytes(file, _MAX_YAML_BYTES), Loader=PlainLoader)
-    except OSError as err:
-        raise DataError(f"{file}: cannot read it: {err.strerror}") from err
+        content = yaml.load(_content(file), Loader=PlainLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as err:
         raise DataError(f"{file}: not valid YAML: {' '.join(str(err).split())}") from err
     if not isinstance(content, dict) or "names" not in content:
@@ -99,14 +108,14 @@ def _pictures(file: Path, description: Mapping[str, Any], split: str, images: Pa
     """Yield the picture files of a split: a folder, a text file that lists them, or several of these."""
     base = description.get("path")
     root = file.parent / (base if isinstance(base, str) else "")
-    if not root.is_dir():
+    if not os.path.isdir(root):
         root = file.parent  # the path was that of whoever wrote the file
     entries = description[split] if images is None else str(images.absolute())
     for entry in entries if isinstance(entries, list) else [entries]:
         if not isinstance(entry, str):
             raise DataError(f"{file}: {split}: expected a folder, or a text file that lists pictures, or several")
         places = (root / entry, file.parent / entry, root / entry.removeprefix("../"))
-        place = next((place for place in places if place.exists()), None)
+        place = next((place for place in places if os.path.isdir(place) or os.path.isfile(place)), None)
         if place is None:
             raise DataError(f"{file}: {split}: there is no {places[0]}; correct the path, or say `images`")
         if place.is_dir():
@@ -138,9 +147,6 @@ def _picture(
 ) -> DraftPicture | None:
     """Read one picture; its header gives the size, in whose parts the labels are written."""
     place = file.name
-    if not file.is_file():
-        findings.add("missing file", place, f"there is no picture {file}")
-        return None
     try:
         size = pictures.inspect(file, None)
     except DataError as err:

@@ -16,12 +16,31 @@ def _message(objects: bytes, more: bytes = b"") -> bytes:
     )
 
 
+def _coco(annotation: bytes, file_name: bytes = b"a.png") -> bytes:
+    return (
+        b'{"images":[{"id":1,"file_name":"'
+        + file_name
+        + b'","width":4,"height":3}],"categories":[{"id":1,"name":"a"}],'
+        b'"annotations":[{"id":1,"image_id":1,"category_id":1,' + annotation + b"}]}"
+    )
+
+
 FOUND: Mapping[str, Sequence[bytes]] = {
     "coco_json": [
         b'{"\x80":[]}',  # UnicodeDecodeError
         b'{"images":' + b"9" * 5000 + b"}",  # ValueError: more digits than Python turns into a number
+        _coco(b'"bbox":[0.5,0,' + b"9" * 400 + b",2]"),  # OverflowError: beyond float
+        # ValueError: a sum of more digits than Python writes
+        _coco(b'"score":NaN,"segmentation":{"size":[3,4],"counts":[%b,%b]}' % (b"9" * 4300, b"9" * 4300)),
+        _coco(b'"bbox":[0,0,2,2]', file_name=b"a" * 300),  # OSError: a name too long for a file
     ],
     "panoptic_json": [b'{"images":[],"annotations":[],"categories":[],"\x80":[]}'],  # UnicodeDecodeError
+    "yolo_yaml": [b"names: [a]\ntrain: " + b"a" * 300],  # OSError: a name too long for a file
+    "detectron2_yaml": [
+        b"_BASE_: ~nobody-of-that-name/a.yaml",  # RuntimeError of pathlib
+        b'_BASE_: "a\\0b"',  # ValueError of pathlib
+        b"MODEL: {ROI_HEADS: {SCORE_THRESH_TEST: %b}}" % (b"9" * 399),  # OverflowError
+    ],
     "zoo_pickle": [
         b"\x80\x05\x96\0\0\0\0\x04\0\0\0.",  # made room for 17 GB
         b"\x80\x02Nr\xff\xff\xff\x0f.",  # made room for 268 million numbered values
