@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from benchmarks.faults.observe import CONTROL, Observation, Rule, Window, pooled_p99
+from benchmarks.faults.observe import CONTROL, Observation, Rule, Window, windows_of_rows
 from benchmarks.faults.row import Outcome
 from benchmarks.measure import Usage
 
-QUIET = Window(10.0, 400, 20.0, 10.0, 0.1, True, [10.0] * 396 + [20.0] * 4)
+QUIET = Window(10.0, 400, 20.0, 10.0, 0.1, True)
 RESTING = Usage(380.0, 26, 15)
 
 
@@ -46,7 +46,9 @@ def test_a_row_is_held_against_the_quiet_times_around_it_and_not_against_one() -
     assert Rule(found).failure(lucky) == ""
 
 
-def test_the_p99_of_all_rows_leaves_the_controls_out() -> None:
-    slow = replace(QUIET, latencies_ms=[50.0] * 100)
-    assert pooled_p99([observed(CONTROL.number, slow), observed(1)]) == (10.0, 10.0)
-    assert pooled_p99([observed(1, slow)]) == (10.0, 50.0)
+def test_controls_are_no_rows_and_a_machine_that_stood_still_is_no_control() -> None:
+    still = replace(observed(CONTROL.number), before=replace(QUIET, num_results=0, p99_ms=float("nan")))
+    found = [observed(CONTROL.number), still, observed(1)]
+    assert windows_of_rows(found) == ([QUIET], [QUIET])
+    assert Rule(found).controls == [found[0]]
+    assert failure(observed(1), still) == ""

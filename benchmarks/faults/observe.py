@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
 from benchmarks.faults.bench import WITNESSES, Bench
@@ -30,7 +30,6 @@ class Window:
     p50_ms: float
     longest_silence_s: float  # of any witness
     is_unbroken: bool  # no number was left out, and none of them connected anew
-    latencies_ms: Sequence[float] = field(repr=False)
 
     @property
     def frames_per_s(self) -> float:
@@ -55,7 +54,7 @@ class Observation:
 
     @property
     def rate_ratio(self) -> float:
-        return self.during.frames_per_s / self.before.frames_per_s
+        return self.during.frames_per_s / self.before.frames_per_s if self.before.num_results else 0.0
 
     def leaks(self, memory_slack_mib: float = MEMORY_SLACK_MIB) -> str:
         """Say what was not given back."""
@@ -90,7 +89,6 @@ def watch(bench: Bench, since: float, until: float) -> Window:
         p50_ms=statistics.median(latencies) if latencies else float("nan"),
         longest_silence_s=silence_s,
         is_unbroken=unbroken,
-        latencies_ms=[round(latency, 2) for latency in latencies],
     )
 
 
@@ -153,13 +151,14 @@ class Rule:
     def __init__(self, found: Sequence[Observation]) -> None:
         """`found` is in the order of the runs."""
         self._found = list(found)
-        self.controls = [one for one in found if one.number == CONTROL.number]
+        # Where the machine stood still, nothing was measured.
+        self.controls = [one for one in found if one.number == CONTROL.number and one.before.num_results]
 
     def reference_ms(self, row: Observation) -> float:
         """Return the median p99 of the quiet times around a run: of one alone, the noise would count twice."""
         at = self._found.index(row)
         around = self._found[max(0, at - NUM_AROUND) : at + NUM_AROUND + 1]
-        return statistics.median(one.before.p99_ms for one in around)
+        return statistics.median([one.before.p99_ms for one in around if one.before.num_results] or [float("nan")])
 
     def ratio(self, row: Observation) -> float:
         return row.during.p99_ms / self.reference_ms(row)
@@ -181,12 +180,12 @@ class Rule:
         return "; ".join(text for holds, text in checks if not holds)
 
 
-def pooled_p99(found: Sequence[Observation]) -> tuple[float, float]:
-    """Return the others' p99 of all quiet times together, and of all runs of rows together, in ms."""
+def windows_of_rows(found: Sequence[Observation]) -> tuple[list[Window], list[Window]]:
+    """Return the quiet times before all runs of rows, and the runs themselves; without those that saw nothing."""
     rows = [one for one in found if one.number != CONTROL.number and not one.absent]
-    quiet = [each for one in rows for each in one.before.latencies_ms]
-    under = [each for one in rows for each in one.during.latencies_ms]
-    return percentile(quiet, 0.99), percentile(under, 0.99)
+    return [one.before for one in rows if one.before.num_results], [
+        one.during for one in rows if one.during.num_results
+    ]
 
 
 @dataclass(frozen=True, slots=True)

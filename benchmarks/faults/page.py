@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from benchmarks.faults.observe import Observation, Rule, pooled_p99
+from benchmarks.faults.observe import Observation, Rule, windows_of_rows
 from benchmarks.measure import ROOT, Machine
 
 PAGE = ROOT / "docs" / "faults.md"
@@ -21,10 +22,8 @@ HEAD = (
 def write(found: Sequence[Observation], rule: Rule, machine: Machine) -> None:
     """Put everything into RESULT and the tables into PAGE."""
     rows = [{**asdict(one), "failure": rule.failure(one)} for one in found]
-    for row in rows:
-        for window in (row["before"], row["during"]):
-            del window["latencies_ms"]  # tens of thousands of numbers that nobody reads
-    RESULT.write_text(json.dumps({"machine": asdict(machine), "rows": rows}, indent=1) + "\n")
+    text = json.dumps({"machine": asdict(machine), "rows": rows}, indent=1)
+    RESULT.write_text(text.replace("NaN", "null") + "\n")  # a row that was not run has no p99, and JSON no NaN
     text = PAGE.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
@@ -40,7 +39,7 @@ def _tables(found: Sequence[Observation], rule: Rule, machine: Machine) -> str:
     rows = last_tries(found)
     ran = [one for one in rows if not one.absent]
     num_passed = sum(not rule.failure(one) for one in ran)
-    quiet_ms, under_ms = pooled_p99(found)
+    quiet_ms, under_ms = (statistics.median(one.p99_ms for one in windows) for windows in windows_of_rows(found))
     packages = ", ".join(f"{name} {version}" for name, version in machine.packages.items())
     minutes = sum(one.seconds for one in found) / 60
     ratios = sorted(rule.ratio(one) for one in rule.controls)
@@ -51,8 +50,8 @@ def _tables(found: Sequence[Observation], rule: Rule, machine: Machine) -> str:
             "",
             f"- {num_passed} of {len(ran)} rows pass; {len(rows) - len(ran)} could not be run here. "
             f"{len(found)} runs with {len(rule.controls)} controls, {minutes:.0f} minutes within the rows.",
-            f"- Over all rows together the others' p99 was {under_ms:.1f} ms, and {quiet_ms:.1f} ms in the quiet times "
-            f"between them ({under_ms / quiet_ms - 1:+.0%}).",
+            f"- Over all runs of rows the median of the others' p99 was {under_ms:.0f} ms, and {quiet_ms:.0f} ms in "
+            f"the quiet times before them ({under_ms / quiet_ms - 1:+.0%}).",
             f"- The controls, in which nothing was done, have {ratios[0]:.0%} to {ratios[-1]:.0%} of the p99 around "
             "them: that is this machine's noise.",
             "",
