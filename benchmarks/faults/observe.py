@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -142,7 +143,8 @@ def attempt(bench: Bench, row: Row) -> tuple[Outcome, str, str]:
     except Missed as err:
         return Outcome(), "", str(err)
     except Exception as err:  # a bug of the row, or a daemon that is gone: the other rows are still wanted
-        return Outcome(), "", f"{type(err).__name__}: {err}"
+        said = f"{type(err).__name__}: {err}".replace(sys.executable, "python")  # the record names no folder
+        return Outcome(), "", said
 
 
 class Rule:
