@@ -25,12 +25,13 @@ StartRtsp = Callable[..., RtspServer]
 
 
 @pytest.fixture(autouse=True)
-def log_level() -> Iterator[None]:
-    """Put the level of the log back, which commands set."""
+def log() -> Iterator[None]:
+    """Put the log back as it was: commands set its level, and have it written to a stderr that ends with the test."""
     root = logging.getLogger()
-    before = root.level
+    level, handlers = root.level, root.handlers[:]
     yield
-    root.setLevel(before)
+    root.setLevel(level)
+    root.handlers[:] = handlers
 
 
 @pytest.fixture(scope="session")

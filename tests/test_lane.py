@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from streamd import batch_limit
+from streamd.batch_limit import RECOVERS_AFTER_S, BatchLimit
 from streamd.lane import Lane
 from streamd.messages import RawOutput
 from tests.clips import write_clip
@@ -31,10 +33,30 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Give the clock by which the lanes of a site made after it let their batches grow."""
+    clock = Clock()
+    monkeypatch.setattr("streamd.lane.BatchLimit", partial(BatchLimit, clock=clock))
+    return clock
+
+
+@pytest.fixture
 def site(file: Path, clip: Path) -> Iterator[TwoFilms]:
     made = TwoFilms(file, clip, max_batch=4)
     yield made
     made.stop()
+
+
+class Clock:
+    """A clock that goes on by so much whenever it is looked at."""
+
+    def __init__(self) -> None:
+        self._now_s = 0.0
+        self.pace_s = 0.0
+
+    def __call__(self) -> float:
+        self._now_s += self.pace_s
+        return self._now_s
 
 
 class Spoiled:
@@ -64,14 +86,13 @@ def test_batches_halve_where_memory_is_short_and_no_frame_is_lost(site: TwoFilms
     assert lane.meter.batch_limit == fits == max(model.sizes[-10:])
 
 
-def test_batches_grow_again_when_there_is_memory(site: TwoFilms, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_limit, "RECOVERS_AFTER_S", 0.001)
+def test_batches_grow_again_when_there_is_memory(clock: Clock, site: TwoFilms) -> None:
     [lane] = site.pipeline.lanes
     model = Spoiled(lane, SHORT, fits=1)
     site.hold_at(40)
     site.pipeline.start()
     site.wait_for(40)
-    model.fits = 4
+    model.fits, clock.pace_s = 4, RECOVERS_AFTER_S
     num_shortages = lane.meter.num_out_of_memory
     site.let_on(40)
     site.finish()

@@ -227,9 +227,9 @@ class StoredPublisher:
         self._news.set()
 
     def _drop(self, number: int, why: str) -> None:
+        self._log.lost(number, why)
         with self._arrived:
             self._num_dropped += number
-        self._log.lost(number, why)
 
     def _next_id(self, stream: str) -> str:
         seq = self._next_seq.get(stream, 0)
