@@ -6,7 +6,7 @@ pixels, and masks as run lengths. What it gives is small, and once it is on the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -52,7 +52,7 @@ class Heads(Protocol):
 class Found:
     """What is in a batch, of shapes that depend on its size alone: N is the rule's `max_detections`.
 
-    On a CPU, where shapes are free, N is the most objects that one image has.
+    On a CPU, where shapes are free, N is the most objects that one image has, and no head works for the others' padding.
     """
 
     table: Tensor  # [B, N, 8] float32: box in source pixels, score, label, candidate, and whether the row is an object
@@ -147,7 +147,7 @@ class Postprocessor:
         if boxes.shape[1] == 0:  # the methods of a model take at least one box
             return boxes.new_zeros(len(boxes), 0, 1, 1)
         assert self.heads is not None
-        return self.heads.masks(raw.features, boxes, labels)
+        return _look_closer(self.heads.masks, raw.features, boxes, labels)
 
     def _keypoints(self, raw: RawOutput, boxes: Tensor, placements: Tensor) -> Tensor | None:
         """Return the points [B, N, J, 3] in source pixels of boxes in input pixels, where the model has such."""
@@ -156,7 +156,7 @@ class Postprocessor:
         if boxes.shape[1] == 0:
             return boxes.new_zeros(len(boxes), 0, len(self.spec.keypoints.names), 3)
         assert self.heads is not None
-        points = ops.locate_keypoints(self.heads.keypoints(raw.features, boxes), boxes)
+        points = ops.locate_keypoints(_look_closer(self.heads.keypoints, raw.features, boxes), boxes)
         scale, origin = (placements[:, None, None, column : column + 2] for column in (0, 2))
         scores = points[..., 2:].nan_to_num(nan=0.0, posinf=1.0, neginf=0.0)  # JSON knows no NaN and no infinity
         return torch.cat(((points[..., :2] - origin) / scale, scores), dim=-1)
@@ -170,7 +170,7 @@ class Postprocessor:
         if boxes.shape[1] == 0:
             return densepose.make_charts(boxes.new_zeros(len(boxes), 0, rule.num_channels, 1, 1), in_source, rule)
         assert self.heads is not None
-        return densepose.make_charts(self.heads.densepose(raw.features, boxes), in_source, rule)
+        return densepose.make_charts(_look_closer(self.heads.densepose, raw.features, boxes), in_source, rule)
 
     def segments(self, raw: RawOutput, found: Found, batch: Batch) -> list[tuple[Segment, ...]] | None:
         """Make the segments of each frame, None where the model has none; waits for the device.
@@ -287,6 +287,23 @@ def wanted_labels(labels: Collection[int], num_labels: int) -> Tensor:
     wanted = torch.zeros(num_labels, dtype=torch.bool)
     wanted[list(labels)] = True
     return wanted
+
+
+def _look_closer(head: Callable[..., Tensor], features: Sequence[Tensor], boxes: Tensor, *labels: Tensor) -> Tensor:
+    """Call one of the `Heads`; on a CPU image by image, for its objects alone: the most that one has may be many."""
+    if boxes.device.type != "cpu":
+        return head(features, boxes, *labels)
+    is_object = boxes.any(-1)
+    is_object[0, 0] |= not is_object.any()  # one at least says what shape the others have
+    found = boxes.new_empty(0)
+    for image, rows in enumerate(is_object):
+        if rows.any():
+            chosen = (each[image, rows][None] for each in (boxes, *labels))
+            seen = head([level[image : image + 1] for level in features], *chosen)
+            if not len(found):
+                found = seen.new_zeros(*boxes.shape[:2], *seen.shape[2:])
+            found[image, rows] = seen[0]
+    return found
 
 
 def _candidates(raw: RawOutput, rule: NmsRule) -> tuple[Tensor, Tensor, Tensor, int]:

@@ -244,8 +244,10 @@ class FakeHeads:
     def __init__(self) -> None:
         self.boxes: list[Tensor] = []
         self.labels: list[Tensor] = []
+        self.images: list[int] = []  # what the features are filled with
 
     def masks(self, features: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
+        self.images.append(int(features[0].flatten()[0]))
         self.boxes.append(boxes)
         self.labels.append(labels)
         columns = torch.arange(8)
@@ -282,12 +284,25 @@ def two_objects() -> RawOutput:
     )
 
 
-def test_the_methods_get_the_kept_boxes_in_input_pixels_and_zeros_where_is_no_object() -> None:
+def test_the_methods_get_each_image_s_objects_in_input_pixels_and_no_padding_on_a_cpu() -> None:
+    raw, heads = two_objects(), FakeHeads()
+    raw = replace(raw, boxes=raw.boxes[[0, 1, 0]], scores=raw.scores[[0, 1, 0]], labels=raw.labels[[0, 1, 0]])
+    raw.scores[2, 0] = 0.0
+    raw = replace(raw, features=(torch.arange(3.0)[:, None, None, None].expand(3, 1, 8, 12),))
+    first, nothing, last = postprocess(raw, batch_of(*[(48, 16)] * 3), TWO_STAGES, RULE, heads=heads)
+    both, one = [[56, 24, 80, 40], [16, 20, 32, 36]], [[56, 24, 80, 40]]
+    assert [boxes.tolist() for boxes in heads.boxes] == [[both], [one]] * 2  # masks, then keypoints
+    assert [labels.tolist() for labels in heads.labels] == [[[1, 0]], [[1]]]
+    assert heads.images == [0, 2]
+    assert (len(first), len(nothing), len(last)) == (2, 0, 1)
+    assert first.masks and last.masks and first.masks[0].counts == last.masks[0].counts
+
+
+def test_objects_of_labels_that_are_not_wanted_leave_nothing_to_look_closer_at() -> None:
     heads = FakeHeads()
-    postprocess(two_objects(), batch_of((48, 16), (48, 16)), TWO_STAGES, RULE, heads=heads)
-    for boxes in heads.boxes:
-        assert boxes.tolist() == [[[56, 24, 80, 40], [16, 20, 32, 36]], [[0] * 4] * 2]
-    assert heads.labels[0][0].tolist() == [1, 0]
+    found, _ = postprocess(two_objects(), batch_of(*[(48, 16)] * 2), TWO_STAGES, RULE, labels=[2], heads=heads)
+    assert len(found) == 0 and found.masks == ()
+    assert all(boxes.tolist() == [[[0] * 4]] for boxes in heads.boxes)  # which says what shape the result has
 
 
 def test_masks_over_boxes_and_keypoints_come_back_in_source_pixels() -> None:
