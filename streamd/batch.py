@@ -25,6 +25,7 @@ class Mailbox:
     frames: deque[Frame] = field(default_factory=deque)
     num_dropped: int = 0
     removed: bool = False
+    since_s: float = 0.0  # when a frame came to wait here where there was none; the batcher's clock
 
     @property
     def is_full(self) -> bool:
@@ -55,6 +56,16 @@ class Batcher:
         self._released: dict[str, Mailbox] = {}  # for the counts of frames that are still on their way
         self._readmitted: deque[Frame] = deque()  # taken once already; they go first
         self._closed = False
+        self._taken_at_s = clock()
+
+    @property
+    def neglected_for_s(self) -> float:
+        """How long frames have waited while none was taken; 0 where none waits."""
+        with self._lock:
+            since_s = [mailbox.since_s for mailbox in self._mailboxes.values() if mailbox.frames]
+            if self._readmitted:
+                since_s.append(self._taken_at_s)
+            return self._clock() - max(self._taken_at_s, min(since_s)) if since_s else 0.0
 
     def add(self, stream: str, *, lossless: bool = False) -> None:
         """Make room for a stream, before its first frame."""
@@ -82,7 +93,9 @@ class Batcher:
         """Take a stream over: what waited of it waits here, and its count goes on."""
         with self._lock:
             self._released.pop(stream, None)
-            self._mailboxes[stream] = Mailbox(mailbox.lossless, mailbox.frames, mailbox.num_dropped)
+            self._mailboxes[stream] = Mailbox(
+                mailbox.lossless, mailbox.frames, mailbox.num_dropped, since_s=self._clock()
+            )
             self._frame_came.notify()
 
     def readmit(self, frames: Sequence[Frame], num_dropped: Mapping[str, int], *, by_taker: bool = False) -> bool:
@@ -122,6 +135,8 @@ class Batcher:
             if mailbox.is_full:
                 mailbox.frames.clear()
                 mailbox.num_dropped += 1
+            elif not mailbox.frames:
+                mailbox.since_s = self._clock()
             mailbox.frames.append(frame)
             self._frame_came.notify()
             return True
@@ -135,6 +150,7 @@ class Batcher:
                 again = self._pick_readmitted(max_batch)
                 frames = again or self._pick(max_batch)
                 if frames:
+                    self._taken_at_s = self._clock()
                     if not again:
                         self._on_take(frames)
                     self._room_came.notify_all()

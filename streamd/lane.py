@@ -65,7 +65,8 @@ class Lane:
         self._fallback: Fallback | None = None
         self._has_given_up = threading.Event()
         self._is_closed = threading.Event()
-        self.batcher = Batcher(on_take=in_order.expect)
+        self.batcher = batcher = Batcher(on_take=in_order.expect)
+        self.meter.neglected_for_s = lambda: batcher.neglected_for_s
 
     @property
     def spec(self) -> ModelSpec:

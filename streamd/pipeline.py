@@ -205,7 +205,8 @@ class Pipeline:
         self._streams.say(streams, f"the model {name} was rolled back: {why}")
 
     def look_after(self) -> None:
-        """Start the streams that had no thread, end the probations that are over, and ask each GPU whether it is there.
+        """Start the streams that had no thread, end the probations that are over, let go of the models that have ended,
+        and ask each GPU whether it is there.
 
         Every few seconds, while no change is made. Raises what says that a GPU is lost.
         """
@@ -214,6 +215,7 @@ class Pipeline:
         self._swaps.settle(self.lanes)
         for lane in {*before} - {*self._swaps.standing_by}:
             lane.close()
+        self._workers.forget_ended()
         for device in {lane.model.device for lane in self.lanes}:
             probe(device)
 

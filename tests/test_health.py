@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from streamd.batch import Batcher
 from streamd.metrics.health import STUCK_AFTER_S, stuck_loops
 from streamd.metrics.readings import LaneMeter
 from tests.fakes import NO_TIMES, FakeClock, make_frame
@@ -55,6 +56,40 @@ def test_the_oldest_of_several_batches_counts() -> None:
     assert meter.inferences.read() == (meter.inferences.read()[0], 9.0), "milliseconds became seconds"
     assert dict(meter.batch_sizes.read()[0])["1"] == 1
     assert dict(meter.batch_sizes.read()[0])["4"] == 2
+
+
+def test_frames_that_nobody_takes_are_named() -> None:
+    clock = FakeClock()
+    meter, batcher = make_meter(clock), Batcher(clock=clock)
+    meter.neglected_for_s = lambda: batcher.neglected_for_s
+    batcher.add("gate")
+    clock.advance(1e6)
+    assert not list(stuck_loops([meter], [])), "nothing waits"
+    for seq in range(3):
+        batcher.offer(make_frame("gate", seq=seq))
+        clock.advance(STUCK_AFTER_S / 2)
+    (line,) = stuck_loops([meter], [])
+    assert "people" in line and "frames wait" in line and "45 s" in line
+    batcher.take(1)
+    assert not list(stuck_loops([meter], []))
+
+
+def test_who_takes_some_of_what_waits_neglects_nothing() -> None:
+    clock = FakeClock()
+    batcher = Batcher(clock=clock)
+    batcher.add("film", lossless=True)
+    for seq in range(4):
+        batcher.offer(make_frame("film", seq=seq))
+    for _ in range(3):
+        clock.advance(STUCK_AFTER_S)
+        assert batcher.neglected_for_s == STUCK_AFTER_S
+        batcher.take(1)
+        assert batcher.neglected_for_s == 0
+    batcher.readmit([make_frame("film", seq=9)], {}, by_taker=True)
+    clock.advance(2)
+    assert batcher.neglected_for_s == 2
+    assert [frame.seq for frame in batcher.take(4)] == [9] and batcher.take(4)
+    assert batcher.neglected_for_s == 0
 
 
 def test_a_send_that_never_ends_is_named() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +46,29 @@ def make_site(old_file: Path, clip: Path) -> Iterator[Callable[..., TwoFilms]]:
     yield make
     for site in made:
         site.stop()
+
+
+def test_a_model_that_is_replaced_goes_with_its_file_though_no_garbage_is_collected(
+    make_site: Callable[..., TwoFilms], new_file: Path
+) -> None:
+    site = make_site(for_ever=True, probation_s=0)
+    site.hold_at(20)
+    site.pipeline.start()
+    site.wait_for(20)
+    [lane] = site.pipeline.lanes
+    model, threads = weakref.ref(lane.model), [*site.pipeline._workers._threads[lane]]
+    del lane
+    site.let_on(20)
+    gc.collect()
+    gc.disable()
+    try:
+        site.swap(new_file)
+        for thread in threads:
+            thread.join(WITHIN_S)
+        site.pipeline.look_after()
+        assert model() is None
+    finally:
+        gc.enable()
 
 
 def fails(lane: Lane, after: int, kind: str) -> None:

@@ -23,7 +23,7 @@ class Sending(Protocol):
 def stuck_loops(
     meters: Iterable[LaneMeter], publishers: Iterable[Sending], after_s: float = STUCK_AFTER_S
 ) -> Iterator[str]:
-    """Name each loop whose present piece of work has held it for longer than `after_s`.
+    """Name each loop whose present piece of work has held it for longer than `after_s`, or that lets work wait as long.
 
     A loop that waits for work is well. A camera or a Redis that is away is not the process's illness: both have series
     of their own.
@@ -31,6 +31,8 @@ def stuck_loops(
     for meter in meters:
         if meter.busy_for_s > after_s:
             yield f"model {meter.model} on {meter.device}: one batch for {meter.busy_for_s:.0f} s"
+        elif (waiting_s := meter.neglected_for_s()) > after_s:
+            yield f"model {meter.model} on {meter.device}: frames wait, and none was taken for {waiting_s:.0f} s"
     for publisher in publishers:
         if publisher.sending_for_s > after_s:
             yield f"{publisher.name}: one send for {publisher.sending_for_s:.0f} s"

@@ -51,6 +51,7 @@ class LaneMeter:
         self.num_senseless = 0  # frames of which the model said nothing but NaN or infinity
         self.batch_limit = 0  # frames: what a batch may have now; less than planned where memory is short
         self.has_done_any = False
+        self.neglected_for_s: Callable[[], float] = lambda: 0.0  # how long frames have waited while none was taken
         self._clock = clock
         self._begun_s: dict[Hashable, float] = {}  # the batches on their way
 
