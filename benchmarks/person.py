@@ -23,6 +23,7 @@ from rich.table import Table
 
 from streamd.config import StreamConfig
 from streamd.connection import connector
+from streamd.cpu_runner import make_runner
 from streamd.datasets import data
 from streamd.decode import Decoders
 from streamd.evaluation.evaluate import Options, evaluate
@@ -30,7 +31,6 @@ from streamd.evaluation.scores import Scores
 from streamd.infer import Model
 from streamd.messages import Frame
 from streamd.models import weights
-from streamd.runner import Runner
 from tests.test_accuracy import EVERY, average_precision_50, load_ground_truth
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -69,9 +69,8 @@ def video_ap50(model: Model, video: Path, truth_file: Path) -> Row:
     """Measure AP50 of people on every 20th frame of the reference video."""
     truth = load_ground_truth(truth_file)
     label = model.spec.labels.index(LABEL)
-    runner = Runner(
-        model, msgspec.structs.replace(model.spec.nms, score_threshold=SCORE_THRESHOLD), BATCH_SIZE, num_slots=1
-    )
+    rule = msgspec.structs.replace(model.spec.nms, score_threshold=SCORE_THRESHOLD)
+    runner = make_runner(model, rule, BATCH_SIZE)
     detections: list[tuple[int, float, list[float]]] = []
     seen = set()
     for frames in batches(sampled(video, model), BATCH_SIZE):

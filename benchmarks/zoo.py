@@ -32,6 +32,7 @@ from benchmarks.gpu_rows import Row, say
 from benchmarks.measure import Machine, describe_machine
 from benchmarks.sides import OURS, THEIRS, Side, serve
 from streamd.allocator import keep_freed_memory
+from streamd.cpu_runner import make_runner
 from streamd.infer import Model
 from streamd.messages import Detections, Frame, Picture
 from streamd.models import artifact
@@ -163,8 +164,9 @@ class Ours:
     def __init__(self, path: Path, pictures: Sequence[Tensor], device: torch.device) -> None:
         model = Model(path, str(device))
         self.frames = [_frame(picture.to(device)) for picture in pictures]
-        self.runner = Runner(model, model.spec.nms, len(pictures), num_slots=1)
-        self.runner.capture()
+        self.runner = make_runner(model, model.spec.nms, len(pictures))
+        if isinstance(self.runner, Runner):
+            self.runner.capture()
 
     def run(self, number: int) -> list[int]:
         """Take the first pictures through as one batch; 0 is all of them."""

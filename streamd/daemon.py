@@ -139,7 +139,7 @@ class Daemon:
                 logger.error("stuck: %s", "; ".join(stuck))
             was_stuck = bool(stuck)
             if time.monotonic() >= next_summary_s:
-                next_summary_s += self._config.metrics.log_interval_s
+                next_summary_s = time.monotonic() + self._config.metrics.log_interval_s
                 logger.info("%s, %d of %d streams running", summary, pipeline.num_running, num_streams)
 
     def _has_time(self) -> bool:

@@ -21,6 +21,7 @@ from streamd.gpu.graph import Graph
 from streamd.messages import RawOutput
 from streamd.models import artifact
 from streamd.models.spec import ModelSpec
+from streamd.side_by_side import SideBySide
 
 logger = logging.getLogger(__name__)
 
@@ -115,19 +116,24 @@ class Model:
             return self._replayed_per_s(images, sizes)
         ready = threading.Barrier(workers + 1)
         failures: list[Exception] = []  # in a thread of its own, none may be lost
+        parts = [slice(None)] if threads == 1 else [slice(index, index + 1) for index in range(batch)]
 
         def work() -> None:
             torch.set_num_threads(threads)
+            side_by_side = SideBySide(threads)
             try:
-                self.run(images, sizes)
+                side_by_side.each(run, parts)
                 ready.wait()
                 for _ in range(_NUM_RUNS):
-                    self.run(images, sizes)
+                    side_by_side.each(run, parts)
             except threading.BrokenBarrierError:
                 pass  # another worker failed
             except Exception as err:
                 failures.append(err)
                 ready.abort()
+
+        def run(part: slice) -> RawOutput:
+            return self.run(images[part], sizes[part])
 
         measured = [threading.Thread(target=work, name=f"warm-up {i}") for i in range(workers)]
         for thread in measured:

@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from streamd.batch import Batcher
 from streamd.batch_limit import BatchLimit
 from streamd.config import ModelConfig, StreamConfig
+from streamd.cpu_runner import Begun, CpuRunner, HasFrames, TakesBatches
 from streamd.device_errors import free_memory, is_device_lost, is_out_of_memory
 from streamd.errors import ConfigError, ModelError
 from streamd.in_order import InOrder
@@ -22,11 +24,11 @@ from streamd.messages import Detections, Frame, Result, StageTimes
 from streamd.metrics.readings import LaneMeter
 from streamd.model_file import ModelFile
 from streamd.models.spec import ModelSpec, NmsRule
-from streamd.runner import Runner, Running
+from streamd.runner import Runner
 
 logger = logging.getLogger(__name__)
 
-_Begun = tuple[Running, Sequence[Frame]]
+_Begun = tuple[Begun, Sequence[Frame]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,7 +106,7 @@ class Lane:
         self.meter.batch_limit = plan.max_batch
         if self.model.device.type == "cpu":
             return {f"infer {self.name} {index}": self._worker(runner, plan) for index, runner in enumerate(runners)}
-        begun: queue.SimpleQueue[_Begun | None] = queue.SimpleQueue()  # bounded by the runner's slots
+        begun: queue.SimpleQueue[_Begun[Any] | None] = queue.SimpleQueue()  # bounded by the runner's slots
         return {
             f"infer {self.name}": lambda: self._begin_all(runners[0], begun),
             f"finish {self.name}": lambda: self._finish_all(runners[0], begun),
@@ -123,14 +125,11 @@ class Lane:
         self._is_closed.set()
         self.batcher.close()
 
-    def _runners(self, plan: Plan, num_runners: int) -> tuple[list[Runner], Plan]:
+    def _runners(self, plan: Plan, num_runners: int) -> tuple[list[TakesBatches[Any]], Plan]:
         """Make the runners, for smaller batches where the planned ones do not fit into memory."""
         while True:
             try:
-                runners = [Runner(self.model, self.rule, plan.max_batch, self._wanted) for _ in range(num_runners)]
-                for runner in runners:
-                    runner.capture()
-                return runners, plan
+                return [self._runner(plan) for _ in range(num_runners)], plan
             except (RuntimeError, ModelError) as err:
                 if not is_out_of_memory(err):
                     raise
@@ -140,7 +139,14 @@ class Lane:
             plan = replace(plan, max_batch=plan.max_batch // 2)
             logger.warning("model %s: memory is short: batches of at most %d frames", self.name, plan.max_batch)
 
-    def _worker(self, runner: Runner, plan: Plan) -> Callable[[], None]:
+    def _runner(self, plan: Plan) -> TakesBatches[Any]:
+        if self.model.device.type == "cpu":
+            return CpuRunner(self.model, self.rule, plan.max_batch, self._wanted, threads=plan.threads)
+        runner = Runner(self.model, self.rule, plan.max_batch, self._wanted)
+        runner.capture()
+        return runner
+
+    def _worker(self, runner: TakesBatches[Any], plan: Plan) -> Callable[[], None]:
         def work() -> None:
             torch.set_num_threads(plan.threads)
             torch.set_flush_denormal(True)
@@ -150,7 +156,7 @@ class Lane:
 
         return work
 
-    def _begin_all(self, runner: Runner, begun: queue.SimpleQueue[_Begun | None]) -> None:
+    def _begin_all(self, runner: TakesBatches[Begun], begun: queue.SimpleQueue[_Begun[Begun] | None]) -> None:
         try:
             while frames := self._take():
                 if running := self._begin(runner, frames):
@@ -158,7 +164,7 @@ class Lane:
         finally:
             begun.put(None)
 
-    def _finish_all(self, runner: Runner, begun: queue.SimpleQueue[_Begun | None]) -> None:
+    def _finish_all(self, runner: TakesBatches[Begun], begun: queue.SimpleQueue[_Begun[Begun] | None]) -> None:
         while (batch := begun.get()) is not None:
             self._finish(runner, *batch)
 
@@ -169,7 +175,7 @@ class Lane:
             self.meter.begin(frames[0], len(frames))
         return frames
 
-    def _begin(self, runner: Runner, frames: Sequence[Frame]) -> Running | None:
+    def _begin(self, runner: TakesBatches[Begun], frames: Sequence[Frame]) -> Begun | None:
         """Begin a batch; None where its frames go elsewhere, or are taken again."""
         if self._pass_on(frames):
             return None
@@ -179,7 +185,7 @@ class Lane:
             self._recover(err, frames)
             return None
 
-    def _finish(self, runner: Runner, running: Running, frames: Sequence[Frame]) -> None:
+    def _finish(self, runner: TakesBatches[Begun], running: Begun, frames: Sequence[Frame]) -> None:
         try:
             runner.wait(running)
             inferred_ns = time.monotonic_ns()
@@ -241,7 +247,7 @@ class Lane:
             logger.error("%s: model %s gives nothing but NaN and infinity", first.stream, self.name)
         self.meter.num_senseless += num_frames
 
-    def _results(self, running: Running, detections: Sequence[Detections], inferred_ns: int) -> list[Result]:
+    def _results(self, running: HasFrames, detections: Sequence[Detections], inferred_ns: int) -> list[Result]:
         done_ns = time.monotonic_ns()
         return [
             Result(
@@ -252,7 +258,7 @@ class Lane:
                 model=self.name,
                 spec=self.spec,
             )
-            for frame, found in zip(running.batch.frames, detections, strict=True)
+            for frame, found in zip(running.frames, detections, strict=True)
         ]
 
 

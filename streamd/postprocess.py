@@ -52,7 +52,7 @@ class Heads(Protocol):
 class Found:
     """What is in a batch, of shapes that depend on its size alone: N is the rule's `max_detections`.
 
-    On a CPU, where shapes are free, N is the most objects that one image has, and no head works for the others' padding.
+    On a CPU, where shapes are free, N is the most objects that one image has; no head works for the others' padding.
     """
 
     table: Tensor  # [B, N, 8] float32: box in source pixels, score, label, candidate, and whether the row is an object

@@ -5,7 +5,7 @@
 
 On a GPU one thread begins batches and another finishes them. Two slots hold what is on its way: while the network works
 on one, the other is filled or read. Steps are joined by events, nothing waits for the whole device, and the network is
-one CUDA graph for each batch size of a ladder. On a CPU `begin` returns when the work is done.
+one CUDA graph for each batch size of a ladder. On a CPU `begin` returns when the work is done (see cpu_runner.py).
 """
 
 from __future__ import annotations
@@ -88,6 +88,10 @@ class Running:
     raw: RawOutput
     computed: Found  # on the device; held, since the copy may not have begun
     found: Found  # on the host once `slot.copied` has come
+
+    @property
+    def frames(self) -> tuple[Frame, ...]:
+        return self.batch.frames
 
 
 class Runner:

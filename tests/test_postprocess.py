@@ -285,10 +285,13 @@ def two_objects() -> RawOutput:
 
 
 def test_the_methods_get_each_image_s_objects_in_input_pixels_and_no_padding_on_a_cpu() -> None:
-    raw, heads = two_objects(), FakeHeads()
-    raw = replace(raw, boxes=raw.boxes[[0, 1, 0]], scores=raw.scores[[0, 1, 0]], labels=raw.labels[[0, 1, 0]])
-    raw.scores[2, 0] = 0.0
-    raw = replace(raw, features=(torch.arange(3.0)[:, None, None, None].expand(3, 1, 8, 12),))
+    raw, heads, rows = two_objects(), FakeHeads(), [0, 1, 0]
+    raw = RawOutput(
+        boxes=raw.boxes[rows],
+        scores=torch.tensor([[0.8, 0.9], [0.1, 0.1], [0.0, 0.9]]),
+        labels=torch.tensor([[0, 1], [0, 0], [0, 1]]),
+        features=(torch.arange(3.0)[:, None, None, None].expand(3, 1, 8, 12),),
+    )
     first, nothing, last = postprocess(raw, batch_of(*[(48, 16)] * 3), TWO_STAGES, RULE, heads=heads)
     both, one = [[56, 24, 80, 40], [16, 20, 32, 36]], [[56, 24, 80, 40]]
     assert [boxes.tolist() for boxes in heads.boxes] == [[both], [one]] * 2  # masks, then keypoints

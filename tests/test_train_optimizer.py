@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from streamd.errors import ConfigError
-from streamd.train.optimizer import Average, lr_part, make_optimizer, set_lr
+from streamd.train.optimizer import Average, lr_part, make_optimizer, restore, set_lr
 from streamd.train.recipe import OptimizerRecipe
 
 
@@ -105,3 +106,26 @@ def test_average_follows_fast_at_first() -> None:
         network.weight += 1.0
     average.update(network, step=0)
     assert math.isclose(average.network.get_parameter("weight").item(), start + 0.9, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_run_goes_on_alike_where_the_weights_lie_otherwise_in_memory(kind: str, layout: torch.memory_format) -> None:
+    def steps(network: nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor) -> None:
+        for image in images:
+            optimizer.zero_grad()
+            network(image).square().mean().backward()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    chosen = OptimizerRecipe.model_validate({"kind": kind, "lr": 0.01})
+    images = torch.randn(4, 1, 5, 9, 9)
+    network = nn.Conv2d(5, 8, 3)
+    optimizer = make_optimizer(network, chosen)
+    steps(network, optimizer, images[:2])
+    other = copy.deepcopy(network).to(memory_format=layout)
+    resumed = make_optimizer(other, chosen)
+    restore(resumed, copy.deepcopy(optimizer.state_dict()))
+    steps(network, optimizer, images[2:])
+    steps(other, resumed, images[2:])
+    torch.testing.assert_close(other.weight, network.weight)

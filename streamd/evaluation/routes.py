@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import SecretStr
@@ -25,6 +26,7 @@ from streamd import wire
 from streamd.announce import Announcer, detections_message
 from streamd.config import Config, ModelConfig, StreamConfig
 from streamd.connection import connector
+from streamd.cpu_runner import TakesBatches, make_runner
 from streamd.datasets.records import Record
 from streamd.decode import Decoders
 from streamd.errors import DataError, ModelError, SourceError
@@ -35,7 +37,6 @@ from streamd.models.contract import pack
 from streamd.models.spec import ModelSpec, NmsRule
 from streamd.models.weights import load_weights
 from streamd.pipeline import Pipeline
-from streamd.runner import Runner
 from streamd.wire import DetectionsMessage
 
 _MAX_OPEN = 16  # pictures that the pipeline reads at once: two batches
@@ -136,7 +137,7 @@ def see(model: Runnable, records: Sequence[Record], rule: NmsRule, batch_size: i
 
     Raises DataError for a picture that cannot be decoded or has not the size that its annotation says.
     """
-    runner = Runner(model, rule, batch_size, num_slots=1)
+    runner = make_runner(model, rule, batch_size)
     decoders = Decoders(model.device)
     try:
         for first in range(0, len(records), batch_size):
@@ -151,7 +152,7 @@ def see(model: Runnable, records: Sequence[Record], rule: NmsRule, batch_size: i
         decoders.close()
 
 
-def _run(runner: Runner, frames: Sequence[Frame], name: str) -> list[Result]:
+def _run(runner: TakesBatches[Any], frames: Sequence[Frame], name: str) -> list[Result]:
     begun_ns = time.monotonic_ns()
     running = runner.begin(frames)
     runner.wait(running)
@@ -167,7 +168,7 @@ def _run(runner: Runner, frames: Sequence[Frame], name: str) -> list[Result]:
             dropped=0,
             model=name,
         )
-        for frame, found in zip(running.batch.frames, detections, strict=True)
+        for frame, found in zip(running.frames, detections, strict=True)
     ]
 
 

@@ -31,7 +31,7 @@ from streamd.models.spec import ModelSpec
 from streamd.train import checkpoint, finish, losses, networks
 from streamd.train.checkpoint import Progress
 from streamd.train.loader import Loader
-from streamd.train.optimizer import Average, lr_part, make_optimizer, set_lr
+from streamd.train.optimizer import Average, lr_part, make_optimizer, restore, set_lr
 from streamd.train.processes import Processes, StopSignal, join
 from streamd.train.recipe import Recipe, SetRecipe
 from streamd.train.run_folder import Log, RunFolder
@@ -70,7 +70,7 @@ class Run:
         try:
             self.network.load_state_dict(state["network"])
             self.average.network.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            restore(self.optimizer, state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.progress = Progress(**state["progress"])
         except (KeyError, RuntimeError, ValueError, TypeError) as err:
@@ -254,7 +254,9 @@ def step(
             sums[name] = sums[name] + share if name in sums else share
     run.scaler.unscale_(run.optimizer)
     parameters = [parameter for group_ in run.optimizer.param_groups for parameter in group_["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, chosen.clip_norm or float("inf"))
+    norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+    if chosen.clip_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, chosen.clip_norm, norm)
     means = group.mean_of(torch.stack([*sums.values(), norm.float()]))
     _need_finite(means, list(sums), run.scaler.is_enabled(), index)
     run.scaler.step(run.optimizer)

@@ -33,9 +33,22 @@ def make_optimizer(network: nn.Module, recipe: OptimizerRecipe) -> torch.optim.O
         {"params": group, "factor": factor, "weight_decay": recipe.weight_decay if decays else 0.0}
         for (factor, decays), group in groups.items()
     ]
+    # Fused: one pass over the weights instead of one for each operation, on a CPU as on a GPU.
     if recipe.kind == "adamw":
-        return torch.optim.AdamW(listed, lr=recipe.lr, betas=(recipe.momentum, 0.999))
-    return torch.optim.SGD(listed, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+        return torch.optim.AdamW(listed, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=True)
+    return torch.optim.SGD(listed, lr=recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=True)
+
+
+def restore(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load what `optimizer.state_dict()` gave, also where the weights lay otherwise in memory.
+
+    A fused step takes a weight and what belongs to it as they lie there, element by element: it looks at no strides.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, own in optimizer.state.items():
+        for name, value in own.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                own[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _factor(name: str, recipe: OptimizerRecipe) -> float:
