@@ -32,6 +32,7 @@ from benchmarks.gpu_rows import Row, say
 from benchmarks.measure import describe_machine
 from benchmarks.sides import OURS, THEIRS, Side, serve
 from benchmarks.zoo import full_maskrcnn, small_maskrcnn, write
+from streamd.allocator import keep_freed_memory
 from streamd.datasets import data
 from streamd.datasets.masks import decode
 from streamd.datasets.records import DataSet
@@ -182,6 +183,8 @@ def build(case: Case) -> MaskRCNN:
 
 def serve_side(name: str, case: Case, device: torch.device, folder: Path) -> None:
     """Be the process of a side: one step for each number that is read."""
+    if name == OURS:
+        keep_freed_memory()  # as `streamd train` does
     theirs = build(case)
     theirs.load_state_dict(torch.load(folder / WEIGHTS, weights_only=True))
     path = folder / DATA
