@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 from torchvision.models import get_model_weights
 
 from streamd.errors import ModelError
@@ -23,6 +23,7 @@ _OF_DETECTRON2 = (
     ("mask_rcnn", "segment"),
     ("keypoint_rcnn", "keypoints"),
     ("cascade_mask_rcnn", "segment"),
+    ("densepose_rcnn", "densepose"),
     ("retinanet", "detect"),
     ("panoptic_fpn", "panoptic"),
     ("semantic_fpn", "semantic"),
@@ -56,23 +57,22 @@ def known_models() -> Iterator[KnownModel]:
     for name in deeplab.VARIANTS:
         yield KnownModel(name, "semantic", "", _TORCHVISION_LICENCE, _published(name), "streamd import torchvision")
     for name, task in _OF_DETECTRON2:
-        yield KnownModel(name, task, "", "", "", "streamd import detectron2")
+        yield KnownModel(name, task, "", "its weights' licence", "", "streamd import detectron2")
     for name in hf.FAMILIES:
-        yield KnownModel(name, "detect", "", "", "", "streamd import hf")
+        yield KnownModel(name, "detect", "", "its weights' licence", "", "streamd import hf")
     for directory in directories:
         for path in sorted(directory.glob("*.pt")):
             yield from _on_disk(path)
 
 
 def show(console: Console) -> None:
-    """Print the list."""
-    table = Table("name", "task", "input", "published AP", "licence", "how", box=None, pad_edge=False)
-    for column in table.columns:
-        column.no_wrap = column.header != "how"
-    for model in known_models():
-        licence = model.licence.partition(" (")[0]
-        table.add_row(model.name, model.task, model.input, model.published, licence, model.how)
-    console.print(table)
+    """Print the list, in groups that are had in the same way."""
+    console.print(f"  {'name':30} {'task':10} {'input':8} published accuracy, percent", highlight=False)
+    for (how, licence), models in groupby(known_models(), lambda model: (model.how, model.licence)):
+        console.print(f"{how}: {licence}", soft_wrap=True, highlight=False)
+        for model in models:
+            line = f"  {model.name:30} {model.task:10} {model.input:8} {model.published}"
+            console.print(line.rstrip(), soft_wrap=True, highlight=False)
 
 
 def _published(name: str) -> str:
@@ -92,5 +92,6 @@ def _on_disk(path: Path) -> Iterator[KnownModel]:
     except ModelError:
         return
     height, width = spec.input_size
-    published = ", ".join(f"{name} {value:g}" for name, value in spec.metrics.items())
+    words = {"boxes_ap": "box", "masks_ap": "mask", "keypoints_ap": "kp", "pq": "PQ", "mean_iou": "mIoU"}
+    published = ", ".join(f"{words[key]} {100 * spec.metrics[key]:.1f}" for key in words if key in spec.metrics)
     yield KnownModel(spec.name, spec.task, f"{width}x{height}", spec.licence, published, str(path))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torchvision.models import get_model
 from typer.testing import CliRunner
 
 from streamd.cli import app
 from streamd.errors import ConfigError, ModelError
-from streamd.known_models import known_models
+from streamd.known_models import known_models, show
 from streamd.models import artifact
 
 
@@ -89,3 +91,16 @@ def test_the_list_of_models_names_what_can_be_had_and_what_is_here(
     assert models["panoptic_fpn"].how == "streamd import detectron2"
     assert models["rt_detr_v2"].how == "streamd import hf"
     assert models["untrained"].how == str(tmp_path / "mine.pt")
+
+
+def test_the_list_of_models_fits_a_narrow_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STREAMD_MODELS", str(tmp_path))
+    text = StringIO()
+    show(Console(file=text, width=80))
+    lines = text.getvalue().splitlines()
+    assert "  maskrcnn_resnet50_fpn          segment             box 37.9, mask 34.6" in lines
+    assert "  yolox_s                        detect     640x640  box 40.5" in lines
+    assert "streamd import torchvision: BSD-3-Clause (torchvision)" in lines
+    [person] = [index for index, line in enumerate(lines) if "streamd-person.pt: Apache-2.0" in line]
+    assert lines[person + 1].split(maxsplit=3) == ["streamd-person", "segment", "480x480", "box 34.9, mask 35.8"]
+    assert all(len(line) <= 80 for line in lines if line.startswith(" "))
