@@ -46,6 +46,9 @@ class ZeroMqFeed:
             self._socket.setsockopt_string(zmq.CURVE_SECRETKEY, keys.secret)
             self._socket.setsockopt(zmq.CURVE_PUBLICKEY, zmq.curve_public(keys.secret.encode()))
         self._monitor = self._socket.get_monitor_socket(_EVENTS)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
         self._num_cut = 0  # handshakes in a row that the other side has ended without a word
         self._was_welcome = False
         self._backoff = Backoff(ceiling_s=5.0)
@@ -80,10 +83,7 @@ class ZeroMqFeed:
         self._context.term()
 
     def _wait(self, timeout_s: float) -> list[zmq.Socket[bytes]]:
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._monitor, zmq.POLLIN)
-        return [ready for ready, _ in poller.poll(round(timeout_s * 1000))]
+        return [ready for ready, _ in self._poller.poll(round(timeout_s * 1000))]
 
     def _note_event(self) -> None:
         """Raise SubscribeError where the daemon will not have us."""
