@@ -43,13 +43,24 @@ _BUILDERS = re.compile(
 _CLASSES = re.compile(r"__torch__\.torch\.classes\b")  # C++ classes, which may do anything
 
 
+def is_zip(path: Path) -> bool:
+    """Tell whether torch's reader or Python's takes a file for a zip archive; one that cannot be read is none."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"PK\3\4" or zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:
+        return True  # a damaged one
+    except OSError:
+        return False
+
+
 def check_sizes(path: Path) -> None:
     """Raise ModelError where a zip's entries are together larger than the file could hold, or are too many."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, *DAMAGE) as err:
-        raise ModelError(f"{path}: cannot be read as a zip archive: {err}") from err
+        raise ModelError(f"{path}: cannot be read as a zip archive: it is truncated or damaged ({err})") from err
     except OSError as err:
         raise ModelError(f"{path}: cannot be read: {err.strerror or err}") from err
     num_stored = sum(entry.file_size for entry in entries if entry.compress_type == zipfile.ZIP_STORED)

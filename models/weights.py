@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -230,7 +229,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     Nothing in the file is executed. Raises ModelError.
     """
     _need_file(path)
-    if zipfile.is_zipfile(path):
+    if archive.is_zip(path):
         archive.check_sizes(path)
     try:
         with torch.serialization.safe_globals(_numpy_scalars()):

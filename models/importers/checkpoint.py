@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from streamd.errors import ModelError
+from streamd.models import archive
 from streamd.models.importers import caffe2, pickles
 from streamd.models.layers import FrozenBatchNorm2d
 from streamd.models.weights import load_weights, read_checkpoint
@@ -32,7 +32,7 @@ def read(path: Path) -> Checkpoint:
 
     Nothing in the file is executed.
     """
-    if path.suffix == ".pkl" and not zipfile.is_zipfile(path):
+    if path.suffix == ".pkl" and not archive.is_zip(path):
         content = pickles.read(path)
         state = {name: torch.from_numpy(array) for name, array in content.arrays.items()}
         state = caffe2.rename(state) if content.is_caffe2 else state

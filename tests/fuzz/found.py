@@ -55,6 +55,9 @@ FOUND: Mapping[str, Sequence[bytes]] = {
         _message(b"", b',"more":' + b"[" * 5000),  # RecursionError
         _message(b"").replace(b"2026-01-31T", b"x"),  # ValueError of datetime
     ],
+    "checkpoint": [
+        b"PK\6\7" + bytes(12) + b"\2\0\0\0" + b"PK\5\6" + bytes(18),  # BadZipFile of is_zipfile: on two disks
+    ],
     "artifact": [
         # UnicodeDecodeError of zipfile: a name that says it is UTF-8, and is not
         b"PK\1\2\24\0\24\0\0\10" + bytes(18) + b"\1\0" + bytes(16) + b"\xcb"
