@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -50,7 +51,9 @@ _GAP_PX = 4  # between the tiles of a contact sheet
 
 def load_library() -> None:
     """Import supervision now, which takes about a second, instead of at the first picture."""
-    import supervision  # noqa: F401
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="OpenCV", category=UserWarning)  # it does without
+        import supervision  # noqa: F401
 
 
 def to_rgb(picture: Picture) -> np.ndarray:
