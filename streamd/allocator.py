@@ -1,4 +1,4 @@
-"""How this process takes memory: large tensors in huge pages, and what is freed is kept, but not for ever."""
+"""How this process takes memory: large tensors in huge pages, and what is freed is kept for the next ones."""
 
 from __future__ import annotations
 
@@ -28,17 +28,6 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
         mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
         mallopt(_M_ARENA_MAX, _NUM_ARENAS)
-
-
-def give_back_freed_memory() -> None:
-    """Give the kernel the pages in which nothing lives any more, wherever they lie. Takes milliseconds.
-
-    To be called once in a while, or a process holds for months the most that it ever needed: a burst of cameras that
-    came back at once, a picture of 8K. Does nothing where the C library has no malloc_trim (musl).
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(ctypes.c_size_t(0))
 
 
 def take_huge_pages(environment: MutableMapping[str, str] = os.environ) -> None:

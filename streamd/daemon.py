@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from streamd.allocator import give_back_freed_memory
 from streamd.announce import Announcer
 from streamd.changes import Changes
 from streamd.config import Config
@@ -48,7 +47,6 @@ SHUTDOWN_DEADLINE_S = 10.0  # the unit's TimeoutStopSec is longer
 _HARD_END_S = 5.0  # after the deadline: then the process ends whatever hangs in it
 _UNUSED_STOP_S = 1.0  # for publishers that have nothing to send yet
 _RELOAD_STOP_S = 0.5  # for a refusal; a model that is loading takes longer, and is not waited for
-_TRIM_INTERVAL_S = 60.0  # page faults and a few milliseconds, which once a minute are not seen
 _STATUS_INTERVAL_S = 5.0  # states are repeated for subscribers that came late
 
 
@@ -124,7 +122,7 @@ class Daemon:
 
     def _main_loop(self, pipeline: Pipeline) -> None:
         """Repeat states and summaries until somebody asks to stop."""
-        since_summary, since_trim = _Interval(), _Interval()
+        next_summary_s = time.monotonic() + self._config.metrics.log_interval_s
         summary = _Summary(self._announcer, self._publishers)
         was_stuck = False
         while self._has_time():
@@ -140,9 +138,8 @@ class Daemon:
             if stuck and not was_stuck:
                 logger.error("stuck: %s", "; ".join(stuck))
             was_stuck = bool(stuck)
-            if since_trim.is_over(_TRIM_INTERVAL_S):
-                give_back_freed_memory()
-            if since_summary.is_over(self._config.metrics.log_interval_s):
+            if time.monotonic() >= next_summary_s:
+                next_summary_s = time.monotonic() + self._config.metrics.log_interval_s
                 logger.info("%s, %d of %d streams running", summary, pipeline.num_running, num_streams)
 
     def _has_time(self) -> bool:
@@ -277,20 +274,6 @@ class Daemon:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-class _Interval:
-    """Tell when so much time has gone by since it last did; after a pause it does so once."""
-
-    def __init__(self) -> None:
-        self._since_s = time.monotonic()
-
-    def is_over(self, seconds: float) -> bool:
-        now = time.monotonic()
-        if now - self._since_s < seconds:
-            return False
-        self._since_s = now
-        return True
 
 
 class _Summary:

@@ -51,34 +51,6 @@ libc.fclose(out)
 """
 
 
-GIVE_BACK = """
-import ctypes
-from pathlib import Path
-from streamd.allocator import give_back_freed_memory, keep_freed_memory
-
-libc = ctypes.CDLL(None)
-if not hasattr(libc, "malloc_trim"):
-    raise SystemExit("no glibc")
-libc.malloc.restype = ctypes.c_void_p
-libc.free.argtypes = (ctypes.c_void_p,)
-
-def held_mib():
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
-    return int(line.split()[1]) / 1024
-
-keep_freed_memory()
-before = held_mib()
-blocks = [libc.malloc(ctypes.c_size_t(1 << 20)) for _ in range(65)]
-for block in blocks:
-    ctypes.memset(block, 1, 1 << 20)
-for block in blocks[:-1]:  # the last one lives, above all others
-    libc.free(block)
-kept = held_mib()
-give_back_freed_memory()
-print(kept - before, held_mib() - before)
-"""
-
-
 def test_kernel_is_asked_for_huge_pages_behind_a_large_tensor() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -104,12 +76,3 @@ def test_many_threads_share_two_arenas() -> None:
         pytest.skip("the C library is not glibc")
     assert done.returncode == 0, done.stderr
     assert 1 <= done.stdout.count("<heap nr=") <= 2
-
-
-def test_freed_memory_is_kept_until_it_is_given_back_though_some_lives_above_it() -> None:
-    done = subprocess.run([sys.executable, "-c", GIVE_BACK], cwd=ROOT, capture_output=True, text=True, timeout=110)
-    if done.stderr.strip() == "no glibc":
-        pytest.skip("the C library is not glibc")
-    assert done.returncode == 0, done.stderr
-    kept_mib, given_back_mib = map(float, done.stdout.split())
-    assert kept_mib > 60 and given_back_mib < 5
