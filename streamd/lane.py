@@ -36,7 +36,7 @@ class Fallback:
     """Who sees to the frames of a lane that fails."""
 
     lane: Lane  # of the version before, on the same device
-    on_failure: Callable[[Exception], None]  # hears once of what made the lane give up, in a worker's thread
+    on_failure: Callable[[Lane, Exception], None]  # hears once that this lane gives up, and why, in a worker's thread
 
 
 class Lane:
@@ -215,7 +215,7 @@ class Lane:
         if fallback := self._fallback:
             if not self._has_given_up.is_set():
                 self._has_given_up.set()
-                fallback.on_failure(err)
+                fallback.on_failure(self, err)
             if self._pass_on(frames):
                 return
         pause_s = self._limit.ran_out(len(frames)) if is_out_of_memory(err) else None

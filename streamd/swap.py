@@ -71,7 +71,7 @@ class Swaps:
         for lane in new:
             helper = next((one for one in keep.lanes if one.model.device == lane.model.device), None)
             if helper is not None:
-                lane.rely_on(Fallback(helper, lambda err, lane=lane: self._on_failure(lane, err)))  # type: ignore[misc]
+                lane.rely_on(Fallback(helper, self._on_failure))
         self.note(name, "live", f"{_version(new[0])} took over from {_version(old[0])}")
 
     def went_back(self, model: str, why: str) -> None:

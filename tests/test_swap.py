@@ -12,9 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from streamd.config import ModelConfig
 from streamd.errors import ConfigError, ModelError
+from streamd.in_order import InOrder
 from streamd.lane import Lane
 from streamd.messages import RawOutput
+from streamd.model_file import ModelFile
+from streamd.swap import Swaps
 from tests.clips import write_clip
 from tests.two_films import NUM_FRAMES, STREAMS, WITHIN_S, TwoFilms
 from tests.versions import Squares, write_version
@@ -67,6 +71,28 @@ def test_a_model_that_is_replaced_goes_with_its_file_though_no_garbage_is_collec
             thread.join(WITHIN_S)
         site.pipeline.look_after()
         assert model() is None
+    finally:
+        gc.enable()
+
+
+def test_a_model_that_is_taken_away_on_probation_goes_though_no_garbage_is_collected(
+    old_file: Path, new_file: Path
+) -> None:
+    swaps = Swaps(lambda lane, err: None)
+
+    def load(path: Path) -> Lane:
+        config = ModelConfig.model_validate({"path": str(path)})
+        return Lane("m", config, "cpu", InOrder(lambda result: None), ModelFile(config))
+
+    old, new = load(old_file), load(new_file)
+    swaps.went_live([old], [new], probation_s=60.0)
+    models = [weakref.ref(lane.model) for lane in (old, new)]
+    gc.collect()
+    gc.disable()
+    try:
+        swaps.forget_all_but([])
+        del old, new
+        assert [model() for model in models] == [None, None]
     finally:
         gc.enable()
 
