@@ -70,15 +70,14 @@ class CpuRunner:
     ) -> None:
         """Use so many threads, by default as many as torch does in the calling thread."""
         self._side_by_side = SideBySide(threads or torch.get_num_threads())
-        self._is_whole = self._side_by_side.threads == 1  # what one thread does, it does best in one go
         self._idle: queue.SimpleQueue[Runner] = queue.SimpleQueue()
         for _ in range(min(self._side_by_side.threads, max_batch)):
-            self._idle.put(Runner(model, rule, max_batch if self._is_whole else 1, labels))
+            self._idle.put(Runner(model, rule, max_batch if self._side_by_side.threads == 1 else 1, labels))
 
     def begin(self, frames: Sequence[Frame]) -> Done:
         """Take a batch all the way. Raises ModelError."""
         begun_ns = time.monotonic_ns()
-        parts = [frames] if self._is_whole else [[frame] for frame in frames]
+        parts = [frames[part] for part in self._side_by_side.parts(len(frames))]
         seen = self._side_by_side.each(self._see, parts)
         detections = list(chain.from_iterable(found for found, _ in seen))
         return Done(begun_ns, tuple(frames), detections, sum(number for _, number in seen))

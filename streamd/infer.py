@@ -116,11 +116,11 @@ class Model:
             return self._replayed_per_s(images, sizes)
         ready = threading.Barrier(workers + 1)
         failures: list[Exception] = []  # in a thread of its own, none may be lost
-        parts = [slice(None)] if threads == 1 else [slice(index, index + 1) for index in range(batch)]
 
         def work() -> None:
             torch.set_num_threads(threads)
             side_by_side = SideBySide(threads)
+            parts = side_by_side.parts(batch)
             try:
                 side_by_side.each(run, parts)
                 ready.wait()

@@ -25,6 +25,10 @@ class SideBySide:
         if threads > 1:
             self._pool = ThreadPoolExecutor(threads, "image", initializer=torch.set_flush_denormal, initargs=(True,))
 
+    def parts(self, number: int) -> list[slice]:
+        """Say how so many items are cut up: into single ones; not at all for one thread, which is best in one go."""
+        return [slice(number)] if self.threads == 1 else [slice(index, index + 1) for index in range(number)]
+
     def each(self, see: Callable[[Item], Found], items: Sequence[Item]) -> list[Found]:
         """Return what `see` gives for each item; a single one has the calling thread, and all threads of its operators.
 

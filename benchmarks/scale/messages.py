@@ -108,7 +108,7 @@ def measure_messages(load: Load, format: Format, sink: Sink, seconds: float, rat
         rate_hz=rate_hz,
         payload_bytes=len(wire.encode(announcer.message(result), format)),
         encode_us=encode_s * per_message_us,
-        publish_us=others_s * per_message_us,
+        publish_us=others_s * per_message_us if target.put else 0.0,
         server_us=server_used_s * per_message_us if target.server else None,
         redis_bytes=entry_bytes,
     )
