@@ -28,7 +28,8 @@ class Stream:
     ) -> None:
         """Make room in the lane; `start` begins to read. `on_status` is called from the stream's thread."""
         self.name = name
-        self.lane = lane
+        self.lane = lane  # until it leaves
+        self._batcher = lane.batcher
         self.has_ended = False  # by itself, or with the daemon; set by the stream's thread
         self.is_leaving = False  # a change of the configuration ends it, and another may take its place
         self._has_left = False
@@ -60,22 +61,22 @@ class Stream:
     def reading(self) -> StreamReading:
         """Say what the stream has counted."""
         reading = self.supervisor.reading
-        num_replaced = self.lane.batcher.num_dropped(self.name)
+        num_replaced = self._batcher.num_dropped(self.name)
         num_dropped = {**reading.num_dropped, "replaced": num_replaced}
         return replace(reading, status=self.complete(reading.status), num_dropped=num_dropped)
 
     def complete(self, status: Status) -> Status:
         """Add the frames that were dropped behind the supervisor's back."""
-        return replace(status, dropped=status.dropped + self.lane.batcher.num_dropped(self.name))
+        return replace(status, dropped=status.dropped + self._batcher.num_dropped(self.name))
 
     def offer(self, frame: Frame) -> bool:
         """Hand a frame to the lane; False when nobody wants frames of this stream any more."""
         while not self._has_left:
-            lane = self.lane
-            if lane.batcher.offer(frame):
+            batcher = self._batcher
+            if batcher.offer(frame):
                 return True
             with self._moving:
-                if self.lane is lane:
+                if self._batcher is batcher:
                     return False
             # It moved meanwhile: what waited is there already, so that the order holds.
         return False
@@ -83,10 +84,11 @@ class Stream:
     def move(self, lane: Lane) -> None:
         """Send the frames that wait, and all that come, to another lane of the same device; none is lost."""
         with self._moving:
-            lane.batcher.adopt(self.name, self.lane.batcher.release(self.name))
-            self.lane = lane
+            lane.batcher.adopt(self.name, self._batcher.release(self.name))
+            self.lane, self._batcher = lane, lane.batcher
 
     def leave(self) -> None:
         """Forget what waits in the lane, after the supervisor was stopped; another stream may have the name next."""
         self._has_left = True
-        self.lane.batcher.remove(self.name)
+        self._batcher.remove(self.name)
+        del self.lane  # with its model: a stream and its supervisor hold each other, and go when garbage is collected

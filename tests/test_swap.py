@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from streamd.config import ModelConfig
+from streamd.config import Config, ModelConfig
 from streamd.errors import ConfigError, ModelError
 from streamd.in_order import InOrder
 from streamd.lane import Lane
@@ -67,6 +67,33 @@ def test_a_model_that_is_replaced_goes_with_its_file_though_no_garbage_is_collec
     gc.disable()
     try:
         site.swap(new_file)
+        for thread in threads:
+            thread.join(WITHIN_S)
+        site.pipeline.look_after()
+        assert model() is None
+    finally:
+        gc.enable()
+
+
+def test_a_model_that_is_removed_with_its_stream_goes_though_no_garbage_is_collected(
+    make_site: Callable[..., TwoFilms], new_file: Path
+) -> None:
+    site = make_site(for_ever=True)
+    site.pipeline.start()
+    without = site.config
+    tree = without.model_dump(mode="json", exclude_unset=True)
+    tree["models"]["other"] = {**tree["models"]["m"], "path": str(new_file)}
+    tree["streams"] = {name: {**stream, "model": "m"} for name, stream in site.streams.items()}
+    tree["streams"]["third"] = {**site.streams["one"], "model": "other"}
+    site.follow(Config.model_validate(tree))
+    site.wait_for_result_of("third")
+    [lane] = (lane for lane in site.pipeline.lanes if lane.name == "other")
+    model, threads = weakref.ref(lane.model), [*site.pipeline._workers._threads[lane]]
+    del lane
+    gc.collect()
+    gc.disable()
+    try:
+        site.follow(without)
         for thread in threads:
             thread.join(WITHIN_S)
         site.pipeline.look_after()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -65,11 +66,19 @@ class TwoFilms:
     def wait_for(self, seq: int) -> None:
         assert self._reached[seq].wait(WITHIN_S)
 
+    def wait_for_result_of(self, stream: str) -> None:
+        deadline = time.monotonic() + WITHIN_S
+        while not self.results[stream]:
+            assert time.monotonic() < deadline, f"no result of {stream}"
+            time.sleep(0.01)
+
     def let_on(self, seq: int) -> None:
         self._may_pass[seq].set()
 
     def swap(self, model: Path, spoil: Callable[[Lane], None] = lambda lane: None, **settings: Any) -> Prepared:
-        config = self.configured(model, **settings)
+        return self.follow(self.configured(model, **settings), spoil)
+
+    def follow(self, config: Config, spoil: Callable[[Lane], None] = lambda lane: None) -> Prepared:
         changes = difference(self.config, config, self.pipeline.replaced(config))
         prepared = self.pipeline.prepare(config, changes)
         for lane in prepared.lanes["m"]:
