@@ -100,13 +100,40 @@ def load(
     spec says.
     """
     spec = read_spec(path)
-    try:
-        inputs = trial.Inputs.blank(spec, device, dtype)
-    except (RuntimeError, AssertionError) as err:  # a torch that was built without CUDA asserts
-        raise ModelError(f"{path}: cannot be loaded onto the device {device}: {last_line(err)}") from err
+    inputs = _inputs(spec, path, device, dtype)
     module = _load_module(path, device).to(dtype)
     if optimized:
         module = optimize(module)
+    _check_pass(module, inputs, spec, path)
+    return module, spec
+
+
+def write_frozen(path: Path, dtype: torch.dtype, to: Path) -> None:
+    """Load an optimized model onto the CPU as `load` does, and write it down for `load_frozen`. Raises ModelError."""
+    module, _ = load(path, optimized=True, dtype=dtype)
+    with _torch_jit():
+        torch.jit.save(module, str(to))
+
+
+def load_frozen(path: Path, frozen: Path, dtype: torch.dtype) -> tuple[torch.jit.ScriptModule, ModelSpec]:
+    """Load what `write_frozen` made of the model `path`, which nobody else can have written, as `load` does."""
+    spec = read_spec(path)
+    inputs = _inputs(spec, path, "cpu", dtype)
+    _load_operators(archive.read_code(path))
+    with _torch_jit():
+        module: torch.jit.ScriptModule = torch.jit.load(str(frozen))
+    _check_pass(module, inputs, spec, path)
+    return module, spec
+
+
+def _inputs(spec: ModelSpec, path: Path, device: torch.device | str, dtype: torch.dtype) -> trial.Inputs:
+    try:
+        return trial.Inputs.blank(spec, device, dtype)
+    except (RuntimeError, AssertionError) as err:  # a torch that was built without CUDA asserts
+        raise ModelError(f"{path}: cannot be loaded onto the device {device}: {last_line(err)}") from err
+
+
+def _check_pass(module: torch.jit.ScriptModule, inputs: trial.Inputs, spec: ModelSpec, path: Path) -> None:
     try:
         with torch.inference_mode():
             trial.run(module, inputs, spec, path)
@@ -115,7 +142,6 @@ def load(
             f"{path}: the model failed on images of shape {list(inputs.images.shape)}, the input_size of its "
             f"{SPEC_FILE}: {last_line(err)}. Export the model again"
         ) from err
-    return module, spec
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

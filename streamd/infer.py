@@ -67,16 +67,20 @@ class Runnable(Protocol):
 class Model:
     """A loaded model on one device; any number of workers may run it at once."""
 
-    def __init__(self, path: Path, device: str = "auto", precision: Precision = "auto") -> None:
+    def __init__(
+        self, path: Path, device: str = "auto", precision: Precision = "auto", *, frozen: Path | None = None
+    ) -> None:
         """Load and optimise the artifact; `auto` is float16 on a GPU, float32 on a CPU.
 
+        `frozen` is what `frozen_apart` gave for it, and for this dtype on a CPU.
         Raises ModelError; ConfigError where there is no such device.
         """
         self.device = find_device(device)
-        self.dtype = (
-            _DTYPES["fp32" if self.device.type == "cpu" else "fp16"] if precision == "auto" else _DTYPES[precision]
-        )
-        self._module, self.spec = artifact.load(path, self.device, optimized=True, dtype=self.dtype)
+        self.dtype = find_dtype(self.device, precision)
+        if frozen is None:
+            self._module, self.spec = artifact.load(path, self.device, optimized=True, dtype=self.dtype)
+        else:
+            self._module, self.spec = artifact.load_frozen(path, frozen, self.dtype)
         self.path = path
         for _ in range(_NUM_WARM_UPS):
             self.run(*self._blank(1))
@@ -251,6 +255,11 @@ def _layouts(model: Model, wish: Wish) -> Sequence[tuple[int, int]]:
         return [(max(1, cores // wish.threads), wish.threads)]
     threads = sorted({1, min(4, cores), cores})
     return [(max(1, cores // count), count) for count in threads]
+
+
+def find_dtype(device: torch.device, precision: Precision) -> torch.dtype:
+    """Return what a precision means on a device."""
+    return _DTYPES["fp32" if device.type == "cpu" else "fp16"] if precision == "auto" else _DTYPES[precision]
 
 
 def find_device(wanted: str) -> torch.device:

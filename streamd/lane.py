@@ -47,8 +47,17 @@ class Lane:
     out of the worker.
     """
 
-    def __init__(self, name: str, config: ModelConfig, device: str, in_order: InOrder, file: ModelFile) -> None:
-        """Load the model. Raises ModelError or ConfigError.
+    def __init__(
+        self,
+        name: str,
+        config: ModelConfig,
+        device: str,
+        in_order: InOrder,
+        file: ModelFile,
+        *,
+        beside: bool = False,
+    ) -> None:
+        """Load the model, `beside` others that are at work or not. Raises ModelError or ConfigError.
 
         `in_order` is common to all lanes between which a stream may move.
         """
@@ -56,7 +65,7 @@ class Lane:
         self.device = device  # as the configuration says it
         self.config = config
         self.file = file
-        self.model = file.load(device, config.precision)
+        self.model = file.load(device, config.precision, beside=beside)
         spec = self.model.spec
         self.meter = LaneMeter(name, str(self.model.device), spec.name, spec.weights_sha256)
         self.rule = _nms_rule(spec, config)

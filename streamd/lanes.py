@@ -28,10 +28,10 @@ class Prepared:
     notes: tuple[str, ...] = ()  # for the operator: what the gate has found
 
 
-def load(config: Config, kept: Lanes, in_order: InOrder) -> Lanes:
+def load(config: Config, kept: Lanes, in_order: InOrder, *, beside: bool = False) -> Lanes:
     """Make the lanes that `kept` lacks: one for each device, but not more than the model has streams.
 
-    Raises ModelError or ConfigError.
+    `beside` others that are at work or not. Raises ModelError or ConfigError.
     """
     lanes = {}
     for name, num_streams in Counter(config.model_of(stream) for stream in config.streams).items():
@@ -43,7 +43,7 @@ def load(config: Config, kept: Lanes, in_order: InOrder) -> Lanes:
         if missing:
             # Of several GPUs each has the same version, whatever the path means by now.
             file = present[0].file if present else ModelFile(model)
-            lanes[name] += [Lane(name, model, device, in_order, file) for device in missing]
+            lanes[name] += [Lane(name, model, device, in_order, file, beside=beside) for device in missing]
     return lanes
 
 

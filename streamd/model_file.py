@@ -11,8 +11,9 @@ from pathlib import Path
 
 from streamd.config import ModelConfig
 from streamd.errors import ModelError
-from streamd.infer import Model
+from streamd.infer import Model, Precision, find_device, find_dtype
 from streamd.models import weights
+from streamd.models.apart import frozen_apart
 
 Identity = tuple[int, int, int, int]  # device, inode, bytes, time of the last change in ns
 
@@ -43,12 +44,20 @@ class ModelFile:
         if _identity(self.named) != self.identity:
             raise ModelError(f"{self.named}: was replaced while it was read; try again")
 
-    def load(self, device: str, precision: str) -> Model:
-        """Load this version, whatever has its name by now. Raises ModelError and ConfigError."""
+    def load(self, device: str, precision: Precision, *, beside: bool = False) -> Model:
+        """Load this version, whatever has its name by now. Raises ModelError and ConfigError.
+
+        `beside` others that are at work: on a CPU they do not stand still meanwhile (models/apart.py).
+        """
         held = Path(f"/proc/self/fd/{self._descriptor}")
         path = held if held.exists() else self.path
+        found = find_device(device)
         try:
-            model = Model(path, device, precision)  # type: ignore[arg-type]
+            if not beside or found.type != "cpu":
+                model = Model(path, device, precision)
+            else:
+                with frozen_apart(path, find_dtype(found, precision), (self._descriptor,)) as frozen:
+                    model = Model(path, device, precision, frozen=frozen)
         except ModelError as err:
             raise ModelError(str(err).replace(str(held), str(self.path))) from err
         if _of_stat(os.fstat(self._descriptor)) != self._opened:

@@ -158,7 +158,7 @@ class Pipeline:
         if changes.models.added or changes.models.changed:
             require_room(*_ROOM_FOR_A_MODEL)
         unchanged = {name: lanes for name, lanes in self._lanes.items() if name not in changes.models.changed}
-        lanes = load(config, unchanged, self._in_order)
+        lanes = load(config, unchanged, self._in_order, beside=True)
         for name in (*changes.streams.added, *changes.streams.changed, *changes.moved):
             for lane in lanes[config.model_of(name)]:
                 self._connectors.decoders(lane.model.device).check(config.streams[name].decoder)
@@ -193,7 +193,7 @@ class Pipeline:
         if previous.lanes:
             return Prepared(self._config, {**self._lanes, name: [*previous.lanes]}, {})
         wanted = devices(previous.config)[: len(self._config.streams_of(name))]
-        lanes = [Lane(name, previous.config, device, self._in_order, previous.file) for device in wanted]
+        lanes = [Lane(name, previous.config, one, self._in_order, previous.file, beside=True) for one in wanted]
         everything = {**self._lanes, name: lanes}
         return Prepared(self._config, everything, warm_new(self._config, everything, self.lanes))
 

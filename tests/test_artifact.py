@@ -131,10 +131,17 @@ TWO_STAGES = msgspec.structs.replace(
 
 
 @pytest.mark.parametrize("num_images", [1, 2, 5])
-def test_the_methods_of_a_model_are_exported_and_stay_when_it_is_optimised(two_stages: Path, num_images: int) -> None:
+@pytest.mark.parametrize("how", ["optimized", "frozen"])
+def test_the_methods_of_a_model_are_exported_and_stay_when_it_is_optimised(
+    two_stages: Path, tmp_path: Path, how: str, num_images: int
+) -> None:
     torch.manual_seed(0)
     network = TwoStages().eval()
-    module, spec = artifact.load(two_stages, optimized=True)
+    if how == "optimized":
+        module, spec = artifact.load(two_stages, optimized=True)
+    else:
+        artifact.write_frozen(two_stages, torch.float32, tmp_path / "frozen.pt")
+        module, spec = artifact.load_frozen(two_stages, tmp_path / "frozen.pt", torch.float32)
     assert spec.methods == ("masks", "keypoints")
     images, sizes = torch.rand(num_images, 3, *SIZE), torch.tensor([[64.0, 50.0]]).expand(num_images, 2)
     boxes = torch.rand(num_images, 4, 4).cumsum(-1) * 20

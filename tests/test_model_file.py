@@ -190,3 +190,15 @@ def test_no_descriptor_is_left_behind(good: Path) -> None:
     for _ in range(5):
         ModelFile(ModelConfig(path=str(good)))
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_model_beside_others_is_frozen_by_another_process(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+        raise AssertionError("it is frozen here, and every stream stands still")
+
+    monkeypatch.setattr(artifact, "optimize", refuse)
+    file = ModelFile(ModelConfig.model_validate({"path": str(good)}))
+    good_spec = artifact.read_spec(good)
+    assert file.load("cpu", "auto", beside=True).spec == good_spec
+    with pytest.raises(AssertionError, match="stands still"):
+        file.load("cpu", "auto")

@@ -60,7 +60,7 @@ class TwoFilms:
         return Config.model_validate({"models": {"m": model_tree}, "streams": self.streams})
 
     def hold_at(self, *seqs: int) -> None:
-        """Let the worker that comes to these frames of the first stream wait for `let_on`."""
+        """Let each worker that comes to these frames of the first stream, or behind them, wait for `let_on`."""
         self._may_pass = {seq: threading.Event() for seq in seqs}
 
     def wait_for(self, seq: int) -> None:
@@ -126,8 +126,8 @@ class TwoFilms:
         if result.frame.stream == STREAMS[0]:
             assert self._is_second_there.wait(WITHIN_S), "else the first version might see only one of the films"
             self._reached[result.frame.seq].set()
-            if gate := self._may_pass.get(result.frame.seq):
-                assert gate.wait(WITHIN_S)
+            for seq, gate in self._may_pass.items():
+                assert result.frame.seq < seq or gate.wait(WITHIN_S)
 
     def _deliver(self, result: Result) -> None:
         self.results[result.frame.stream].append(result)
