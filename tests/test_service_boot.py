@@ -158,10 +158,18 @@ def test_the_installed_service_is_active_only_when_its_models_are_warm(machine: 
     assert rights.splitlines() == ["640 root streamd", "700 root root", "750 streamd streamd"]
 
 
-def test_a_reload_adds_and_removes_streams_and_the_others_notice_nothing(machine: Machine, tmp_path: Path) -> None:
+def test_a_reload_adds_a_model_and_adds_and_removes_streams_and_the_others_notice_nothing(
+    machine: Machine, tmp_path: Path
+) -> None:
     pid = machine.container.show(UNIT, "MainPID")
     streams = {name: stream for name, stream in machine.config["streams"].items() if name != "leaving"}
-    changed = {**machine.config, "streams": {**streams, "fresh": {"url": "/srv/streamd/long.mp4"}}}
+    fresh = {"url": "/srv/streamd/long.mp4", "model": "other"}
+    changed = {
+        **machine.config,
+        "models": {**machine.config["models"], "other": machine.config["models"]["m"]},  # by a process of its own
+        "defaults": {"model": "m"},
+        "streams": {**streams, "fresh": fresh},
+    }
     with machine.watching(tmp_path) as messages:
         wait_for_results(messages, "steady")
         wait_for_results(messages, "leaving")
@@ -172,7 +180,7 @@ def test_a_reload_adds_and_removes_streams_and_the_others_notice_nothing(machine
         after = wait_for_results(messages, "steady", 20)
         assert results(after[since:], "leaving") == []
 
-        machine.write({**changed, "streams": {**streams, "fresh": {"url": "/srv/streamd/long.mp4", "fsp": 3}}})
+        machine.write({**changed, "streams": {**streams, "fresh": {**fresh, "fsp": 3}}})
         assert "failed" in machine.systemctl("reload", UNIT, check=False), "a wrong file is refused"
         assert "line " in machine.container.journal(UNIT) and "unknown key 'fsp'" in machine.container.journal(UNIT)
         machine.write(changed)
