@@ -111,7 +111,7 @@ class ControlServer:
             if len(self._connections) > MAX_CONNECTIONS:
                 await _send(writer, Answer(error=f"{MAX_CONNECTIONS} connections are open already"))
             elif user_of(writer.get_extra_info("socket")) not in (0, os.geteuid()):
-                await _send(writer, Answer(error="only the daemon's own user and root may ask"))
+                await _send(writer, Answer(error="only the daemon's own user and root may ask", is_final=True))
             else:
                 await self._converse(reader, writer)
         except (OSError, TimeoutError):
@@ -144,7 +144,8 @@ class ControlServer:
         except AnswerError as err:
             return Answer(error=f"not a request: {err}")
         except StreamdError as err:
-            return Answer(error=redact(str(err)))
+            # Without a kind of its own an error is of the moment: models are still loading, the daemon is stopping.
+            return Answer(error=redact(str(err)), is_final=type(err) is not StreamdError)
 
 
 async def _send(writer: asyncio.StreamWriter, answer: Answer) -> None:

@@ -19,7 +19,8 @@ _MAX_ANSWER_BYTES = 16 << 20
 def ask(path: Path | None, request: Request, timeout_s: float, environment: Mapping[str, str] = environ) -> Answer:
     """Send a request and return the answer; without a path, the usual places are tried.
 
-    Raises StreamdError where there is no daemon, and ConfigError with its words where it refuses.
+    Raises StreamdError where there is no daemon or it cannot do it now, and ConfigError where what is asked for, the
+    configuration or a model is wrong, with its words.
     """
     path = path or _usual_path(environment)
     try:
@@ -39,7 +40,7 @@ def ask(path: Path | None, request: Request, timeout_s: float, environment: Mapp
     except AnswerError as err:
         raise StreamdError(f"{path}: the connection ended without a whole answer: {err}") from err
     if answer.error is not None:
-        raise ConfigError(answer.error)
+        raise (ConfigError if answer.is_final else StreamdError)(answer.error)
     return answer
 
 

@@ -108,6 +108,7 @@ class Answer(_Record, frozen=True, omit_defaults=True):
     """What became of a request: an error, or what was asked for."""
 
     error: str | None = None
+    is_final: bool = False  # of an error: asking again does not help, since what is asked for, or a model, is wrong
     done: str | None = None  # what changed, in words
     state: DaemonState | None = None
     streams: tuple[StreamEntry, ...] | None = None

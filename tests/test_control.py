@@ -31,7 +31,7 @@ from streamd.control_messages import (
     decode_request,
     encode,
 )
-from streamd.errors import ConfigError, StreamdError
+from streamd.errors import ConfigError, ModelError, StreamdError
 
 WITHIN_S = 30.0
 
@@ -102,6 +102,17 @@ def test_a_refusal_comes_back_as_an_error_without_a_secret(served: Served) -> No
         ask(served.path, RemoveRequest(name="gate"), WITHIN_S)
 
 
+def test_what_cannot_be_done_just_now_is_no_error_of_the_configuration(served: Served) -> None:
+    served.reload.set_exception(StreamdError("the daemon is still loading its models"))
+    with pytest.raises(StreamdError, match="still loading") as refused:
+        ask(served.path, ReloadRequest(), WITHIN_S)
+    assert type(refused.value) is StreamdError
+    served.reload = Future()
+    served.reload.set_exception(ModelError("m.pt: the file is damaged"))
+    with pytest.raises(ConfigError, match="damaged"):
+        ask(served.path, ReloadRequest(), WITHIN_S)
+
+
 def test_others_are_answered_while_a_change_is_being_made(served: Served) -> None:
     with served.connect() as waiting:
         waiting.sendall(encode(ReloadRequest()))
@@ -166,7 +177,7 @@ def test_one_connection_too_many_is_told_so_and_there_is_room_again_later(served
             ask(served.path, StatusRequest(), WITHIN_S)
     deadline = threading.Event()
     for _ in range(1000):
-        with suppress(ConfigError):
+        with suppress(StreamdError):
             still_answers(served)
             return
         deadline.wait(0.01)
