@@ -178,6 +178,44 @@ def test_a_full_disk_is_told_and_the_next_try_goes_on(path: Path, spool: Spool) 
     assert spool.oldest("a")[0] == entries("a", 0, 6)
 
 
+def test_a_file_that_was_long_gives_its_room_back_when_redis_has_all(path: Path) -> None:
+    spool = make_spool(path, max_entries=20_000)
+    spool.add([entry("a", seq, b"x" * 1000) for seq in range(10_000)])
+    spool.add([entry("b", 0)])
+    longest = path.stat().st_size
+    assert longest > 10_000_000
+    while "a" in spool.waiting():
+        spool.confirm(*spool.oldest("a"))
+        spool.add([])
+    for seq in range(1, 1500):  # SQLite shortens the file when it copies its journal into it, every 1000 pages
+        spool.add([entry("b", seq)])
+    assert path.stat().st_size < longest // 5
+    assert spool.oldest("b")[0] == entries("b", *range(MAX_READ_ENTRIES)), "what waits is still there, in order"
+    spool.close()
+    again = make_spool(path)
+    assert again.add([]) == 0 and again.waiting() == {"b": 1500}
+    again.close()
+
+
+def test_room_that_cannot_be_given_back_loses_nothing(spool: Spool) -> None:
+    spool.add([entry("a", seq, b"x" * 100_000) for seq in range(20)])
+    while spool.waiting():
+        spool.confirm(*spool.oldest("a"))
+    refused: list[str] = []
+
+    def authorize(action: int, argument: str | None, *_: str | None) -> int:
+        if argument != "incremental_vacuum":
+            return sqlite3.SQLITE_OK
+        refused.append(argument)
+        return sqlite3.SQLITE_DENY
+
+    assert spool._database is not None
+    spool._database.set_authorizer(authorize)
+    assert spool.add(entries("a", 20, 21)) == 2
+    assert refused, "there was room to give back"
+    assert spool.oldest("a")[0] == entries("a", 20, 21)
+
+
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(PublishError, match="cannot use the spool"):

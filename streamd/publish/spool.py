@@ -19,6 +19,8 @@ MAX_READ_BYTES = 4 << 20
 ENTRY_OVERHEAD_BYTES = 100  # of a row beside its payload, about
 REOPEN_INTERVAL_S = 5.0
 LOCK_WAIT_S = 5.0  # after a reload the publisher of before still has the file for a moment
+MAX_FREE_PAGES = 64  # of 4 KiB, that the file keeps though it is mostly free
+PAGES_A_COMMIT = 256  # that it gives back at most: about 6 ms
 MAX_DAMAGED_FILES = 3  # kept for who wants to look into them
 
 _SCHEMA = """
@@ -126,6 +128,7 @@ class Spool:
             for entry in entries[:room]:
                 self._waiting[entry.stream] = self._waiting.get(entry.stream, 0) + 1
                 self._num_bytes += entry.num_bytes
+            _give_back(database)
             return room
 
     def oldest(self, stream: str) -> tuple[list[Entry], Mark]:
@@ -233,6 +236,7 @@ class Spool:
         self._database = database
         # Exclusive: a second daemon on the same file would send everything twice and out of order.
         database.execute("PRAGMA locking_mode = EXCLUSIVE")
+        database.execute("PRAGMA auto_vacuum = INCREMENTAL")  # before the journal's mode, which begins the file
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")  # in WAL mode only FULL reaches the disk with each commit
         database.execute("PRAGMA journal_size_limit = 16777216")
@@ -277,6 +281,19 @@ class Spool:
     def _begin_file(self) -> None:
         self._waiting, self._num_bytes, self._confirmed, self._has_garbage = {}, 0, {}, False
         self._num_files += 1
+
+
+def _give_back(database: sqlite3.Connection) -> None:
+    """Shorten a file that is mostly free: after hours without Redis it would be as long for ever.
+
+    Where it fails, on a full disk for example, what was added stays, and the next commit tries again.
+    """
+    with suppress(sqlite3.Error):
+        (num_free,) = database.execute("PRAGMA freelist_count").fetchone()
+        (num_pages,) = database.execute("PRAGMA page_count").fetchone()
+        if num_free > max(MAX_FREE_PAGES, num_pages // 2):
+            # By `execute` Python would run it to its first page alone.
+            database.executescript(f"PRAGMA incremental_vacuum({PAGES_A_COMMIT})")
 
 
 class _Damage(sqlite3.DatabaseError):
