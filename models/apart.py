@@ -51,6 +51,7 @@ def _freeze(path: Path, dtype: torch.dtype, made: int, descriptors: tuple[int, .
             errors="replace",
             timeout=_LIMIT_S,
             pass_fds=(made, *descriptors),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # the same code, from anywhere
             process_group=0,  # an interrupt at the terminal is the daemon's alone
             check=False,
         )
