@@ -28,7 +28,7 @@ _CODE = "import os; os.nice(5); from streamd.models.apart import main; main()"
 
 @contextmanager
 def frozen_apart(path: Path, dtype: torch.dtype, descriptors: tuple[int, ...] = ()) -> Iterator[Path]:
-    """Give the path of what `artifact.load_frozen` reads, in memory, for the length of the block.
+    """Give the path of what `artifact.load` takes as `frozen`, in memory, for the length of the block.
 
     The model is tried there too. `descriptors` are those that `path` leads through. Raises ModelError.
     """

@@ -92,48 +92,25 @@ def load(
     *,
     optimized: bool = False,
     dtype: torch.dtype = torch.float32,
+    frozen: Path | None = None,
 ) -> tuple[torch.jit.ScriptModule, ModelSpec]:
     """Load a model onto `device` and check one forward pass against its spec; any thread may call.
 
     Its weights become `dtype`, and its images must be. `optimized` gives what `optimize` makes of it, and the pass is
-    then the first of its warm-up. Raises ModelError if the file is missing, damaged or foreign, or does not do what its
+    then the first of its warm-up. `frozen` is what `write_frozen` has made of it, for the CPU and this dtype, and which
+    nobody else can have written. Raises ModelError if the file is missing, damaged or foreign, or does not do what its
     spec says.
     """
     spec = read_spec(path)
-    inputs = _inputs(spec, path, device, dtype)
-    module = _load_module(path, device).to(dtype)
-    if optimized:
-        module = optimize(module)
-    _check_pass(module, inputs, spec, path)
-    return module, spec
-
-
-def write_frozen(path: Path, dtype: torch.dtype, to: Path) -> None:
-    """Load an optimized model onto the CPU as `load` does, and write it down for `load_frozen`. Raises ModelError."""
-    module, _ = load(path, optimized=True, dtype=dtype)
-    with _torch_jit():
-        torch.jit.save(module, str(to))
-
-
-def load_frozen(path: Path, frozen: Path, dtype: torch.dtype) -> tuple[torch.jit.ScriptModule, ModelSpec]:
-    """Load what `write_frozen` made of the model `path`, which nobody else can have written, as `load` does."""
-    spec = read_spec(path)
-    inputs = _inputs(spec, path, "cpu", dtype)
-    _load_operators(archive.read_code(path))
-    with _torch_jit():
-        module: torch.jit.ScriptModule = torch.jit.load(str(frozen))
-    _check_pass(module, inputs, spec, path)
-    return module, spec
-
-
-def _inputs(spec: ModelSpec, path: Path, device: torch.device | str, dtype: torch.dtype) -> trial.Inputs:
     try:
-        return trial.Inputs.blank(spec, device, dtype)
+        inputs = trial.Inputs.blank(spec, device, dtype)
     except (RuntimeError, AssertionError) as err:  # a torch that was built without CUDA asserts
         raise ModelError(f"{path}: cannot be loaded onto the device {device}: {last_line(err)}") from err
-
-
-def _check_pass(module: torch.jit.ScriptModule, inputs: trial.Inputs, spec: ModelSpec, path: Path) -> None:
+    module = _load_module(path, device, frozen)
+    if frozen is None:
+        module = module.to(dtype)
+        if optimized:
+            module = optimize(module)
     try:
         with torch.inference_mode():
             trial.run(module, inputs, spec, path)
@@ -142,6 +119,14 @@ def _check_pass(module: torch.jit.ScriptModule, inputs: trial.Inputs, spec: Mode
             f"{path}: the model failed on images of shape {list(inputs.images.shape)}, the input_size of its "
             f"{SPEC_FILE}: {last_line(err)}. Export the model again"
         ) from err
+    return module, spec
+
+
+def write_frozen(path: Path, dtype: torch.dtype, to: Path) -> None:
+    """Load an optimized model onto the CPU, and write it down for `load`'s `frozen`. Raises ModelError."""
+    module, _ = load(path, optimized=True, dtype=dtype)
+    with _torch_jit():
+        torch.jit.save(module, str(to))
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -220,13 +205,14 @@ def _check_equal(name: str, got: Tensor, expected: Tensor, where: str) -> None:
     )
 
 
-def _load_module(path: Path, device: torch.device | str) -> torch.jit.ScriptModule:
+def _load_module(path: Path, device: torch.device | str, frozen: Path | None = None) -> torch.jit.ScriptModule:
     try:
         code = archive.read_code(path)
         _load_operators(code)
-        program.check(code, path)
+        if frozen is None:  # else who froze it has looked
+            program.check(code, path)
         with _torch_jit():
-            module: torch.jit.ScriptModule = torch.jit.load(str(path), map_location=device)
+            module: torch.jit.ScriptModule = torch.jit.load(str(frozen or path), map_location=device)
     except (RuntimeError, ValueError, OSError) as err:
         raise ModelError(
             f"{path}: the model cannot be loaded: {last_line(err)}. "

@@ -77,10 +77,7 @@ class Model:
         """
         self.device = find_device(device)
         self.dtype = find_dtype(self.device, precision)
-        if frozen is None:
-            self._module, self.spec = artifact.load(path, self.device, optimized=True, dtype=self.dtype)
-        else:
-            self._module, self.spec = artifact.load_frozen(path, frozen, self.dtype)
+        self._module, self.spec = artifact.load(path, self.device, optimized=True, dtype=self.dtype, frozen=frozen)
         self.path = path
         for _ in range(_NUM_WARM_UPS):
             self.run(*self._blank(1))

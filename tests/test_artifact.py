@@ -137,11 +137,10 @@ def test_the_methods_of_a_model_are_exported_and_stay_when_it_is_optimised(
 ) -> None:
     torch.manual_seed(0)
     network = TwoStages().eval()
-    if how == "optimized":
-        module, spec = artifact.load(two_stages, optimized=True)
-    else:
-        artifact.write_frozen(two_stages, torch.float32, tmp_path / "frozen.pt")
-        module, spec = artifact.load_frozen(two_stages, tmp_path / "frozen.pt", torch.float32)
+    frozen = tmp_path / "frozen.pt" if how == "frozen" else None
+    if frozen:
+        artifact.write_frozen(two_stages, torch.float32, frozen)
+    module, spec = artifact.load(two_stages, optimized=True, frozen=frozen)
     assert spec.methods == ("masks", "keypoints")
     images, sizes = torch.rand(num_images, 3, *SIZE), torch.tensor([[64.0, 50.0]]).expand(num_images, 2)
     boxes = torch.rand(num_images, 4, 4).cumsum(-1) * 20

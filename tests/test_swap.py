@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,24 @@ def make_site(old_file: Path, clip: Path) -> Iterator[Callable[..., TwoFilms]]:
         site.stop()
 
 
+@contextmanager
+def nothing_collected() -> Iterator[None]:
+    """Leave what only Python's collector would find, for the length of the block."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def look_after_the_end_of(threads: Sequence[threading.Thread], site: TwoFilms) -> None:
+    """Wait for a lane's workers, then let the pipeline notice."""
+    for thread in threads:
+        thread.join(WITHIN_S)
+    site.pipeline.look_after()
+
+
 def test_a_model_that_is_replaced_goes_with_its_file_though_no_garbage_is_collected(
     make_site: Callable[..., TwoFilms], new_file: Path
 ) -> None:
@@ -63,16 +83,10 @@ def test_a_model_that_is_replaced_goes_with_its_file_though_no_garbage_is_collec
     model, threads = weakref.ref(lane.model), [*site.pipeline._workers._threads[lane]]
     del lane
     site.let_on(20)
-    gc.collect()
-    gc.disable()
-    try:
+    with nothing_collected():
         site.swap(new_file)
-        for thread in threads:
-            thread.join(WITHIN_S)
-        site.pipeline.look_after()
+        look_after_the_end_of(threads, site)
         assert model() is None
-    finally:
-        gc.enable()
 
 
 def test_a_model_that_is_removed_with_its_stream_goes_though_no_garbage_is_collected(
@@ -90,16 +104,10 @@ def test_a_model_that_is_removed_with_its_stream_goes_though_no_garbage_is_colle
     [lane] = (lane for lane in site.pipeline.lanes if lane.name == "other")
     model, threads = weakref.ref(lane.model), [*site.pipeline._workers._threads[lane]]
     del lane
-    gc.collect()
-    gc.disable()
-    try:
+    with nothing_collected():
         site.follow(without)
-        for thread in threads:
-            thread.join(WITHIN_S)
-        site.pipeline.look_after()
+        look_after_the_end_of(threads, site)
         assert model() is None
-    finally:
-        gc.enable()
 
 
 def test_a_model_that_is_taken_away_on_probation_goes_though_no_garbage_is_collected(
@@ -114,14 +122,10 @@ def test_a_model_that_is_taken_away_on_probation_goes_though_no_garbage_is_colle
     old, new = load(old_file), load(new_file)
     swaps.went_live([old], [new], probation_s=60.0)
     models = [weakref.ref(lane.model) for lane in (old, new)]
-    gc.collect()
-    gc.disable()
-    try:
+    with nothing_collected():
         swaps.forget_all_but([])
         del old, new
         assert [model() for model in models] == [None, None]
-    finally:
-        gc.enable()
 
 
 def fails(lane: Lane, after: int, kind: str) -> None:
