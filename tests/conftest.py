@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -22,6 +23,13 @@ from tests.rtsp import RtspServer, encode_clip, is_h264, missing_for_rtsp
 ROOT = Path(__file__).parents[1]
 
 StartRtsp = Callable[..., RtspServer]
+_ENDS_WITHIN_S = 60.0
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """Fail with the stacks of all threads where one that a test left keeps the process from ending."""
+    faulthandler.dump_traceback_later(_ENDS_WITHIN_S, exit=True, file=2)
 
 
 @pytest.fixture(autouse=True)

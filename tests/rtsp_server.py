@@ -78,7 +78,7 @@ class CameraServer:
         self._servers: list[asyncio.Server] = []
         self._sessions: set[Session] = set()
         self._udp = _udp_pair(host)
-        self._thread = threading.Thread(target=self._run, name="cameras")
+        self._thread = threading.Thread(target=self._run, name="cameras", daemon=True)
 
     def __enter__(self) -> CameraServer:
         self._thread.start()
@@ -90,8 +90,10 @@ class CameraServer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._call(self._close)
-        self._end()
+        try:
+            self._call(self._close)
+        finally:
+            self._end()
 
     def url(self, name: str, *, tls: bool = False) -> str:
         """Give the address of a camera, with user and password, percent-encoded, where there are some."""

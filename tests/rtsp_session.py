@@ -167,8 +167,9 @@ class Session(asyncio.Protocol):
         if name == "bye" and player:
             player.say_bye()
         if name == "rst":
-            connection = self.transport.get_extra_info("socket")
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection = self.transport.get_extra_info("socket")  # None where TLS has lost it and not said so yet
+            if connection is not None:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.transport.abort()
         else:
             self.transport.close()

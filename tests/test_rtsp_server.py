@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ import pytest
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
+from tests.certificates import self_signed
 from tests.clips import write_clip, write_mjpeg
 from tests.rtsp_faults import Answers, Bitstream, Camera, Delivery, RtpClock
 from tests.rtsp_server import Cameras, CameraServer, black_hole
@@ -130,6 +133,36 @@ def test_a_half_open_connection_is_silent_until_the_client_speaks(clips: dict[st
         client.sendall(b"OPTIONS * RTSP/1.0\r\nCSeq: 2\r\n\r\n")
         with pytest.raises(ConnectionResetError):
             client.recv(100)
+
+
+def test_a_client_whose_tls_is_lost_can_still_be_hung_up_on(clips: dict[str, Path], tmp_path: Path) -> None:
+    """Between TLS losing the connection and the session hearing of it there is no socket to be reset any more."""
+    with CameraServer({"gate": Camera(clips["h264"])}, tls=self_signed(tmp_path)) as server:
+        trusting = ssl._create_unverified_context()
+        with socket.create_connection((server.host, server.tls_port)) as plain, trusting.wrap_socket(plain):
+
+            async def lose_and_hang_up() -> None:
+                (session,) = server._sessions
+                session.transport.abort()
+                while session.transport.get_extra_info("socket") is not None:
+                    await asyncio.sleep(0)
+                assert session in server._sessions, "the session has not heard of it"
+                session.end("rst")
+
+            asyncio.run_coroutine_threadsafe(lose_and_hang_up(), server._loop).result(10)
+
+
+def test_the_thread_ends_where_hanging_up_fails(clips: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    server = CameraServer({"gate": Camera(clips["h264"])})
+
+    def fail() -> None:
+        server._stop_listening()
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(server, "_close", fail)
+    with pytest.raises(RuntimeError), server:
+        pass
+    assert not server._thread.is_alive()
 
 
 def test_a_black_hole_does_not_even_connect() -> None:
