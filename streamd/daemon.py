@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from streamd.allocator import give_back_freed_memory
 from streamd.announce import Announcer
 from streamd.changes import Changes
 from streamd.config import Config
@@ -48,6 +49,7 @@ _HARD_END_S = 5.0  # after the deadline: then the process ends whatever hangs in
 _UNUSED_STOP_S = 1.0  # for publishers that have nothing to send yet
 _RELOAD_STOP_S = 0.5  # for a refusal; a model that is loading takes longer, and is not waited for
 _STATUS_INTERVAL_S = 5.0  # states are repeated for subscribers that came late
+_GIVE_BACK_INTERVAL_S = 60.0  # memory that was freed; more often it would only be taken again
 
 
 class Daemon:
@@ -123,6 +125,7 @@ class Daemon:
     def _main_loop(self, pipeline: Pipeline) -> None:
         """Repeat states and summaries until somebody asks to stop."""
         next_summary_s = time.monotonic() + self._config.metrics.log_interval_s
+        next_give_back_s = time.monotonic() + _GIVE_BACK_INTERVAL_S
         summary = _Summary(self._announcer, self._publishers)
         was_stuck = False
         while self._has_time():
@@ -141,6 +144,9 @@ class Daemon:
             if time.monotonic() >= next_summary_s:
                 next_summary_s = time.monotonic() + self._config.metrics.log_interval_s
                 logger.info("%s, %d of %d streams running", summary, pipeline.num_running, num_streams)
+            if time.monotonic() >= next_give_back_s:
+                next_give_back_s = time.monotonic() + _GIVE_BACK_INTERVAL_S
+                give_back_freed_memory()
 
     def _has_time(self) -> bool:
         """Wait until the next round of the main loop; False when somebody asked to stop."""

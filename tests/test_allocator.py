@@ -51,6 +51,31 @@ libc.fclose(out)
 """
 
 
+LEAVE_HOLES = """
+import ctypes
+from streamd.allocator import give_back_freed_memory, keep_freed_memory
+
+libc = ctypes.CDLL(None)
+if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
+    raise SystemExit("no glibc")
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = (ctypes.c_void_p,)
+
+def rss_mib():
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+keep_freed_memory()
+blocks = [libc.malloc(ctypes.c_size_t(1 << 20)) for _ in range(100)]
+for block in blocks: ctypes.memset(block, 1, 1 << 20)
+full = rss_mib()
+for block in blocks[:-1]: libc.free(block)  # the last one holds the end of the heap
+freed = rss_mib()
+give_back_freed_memory()
+print(full, freed, rss_mib())
+"""
+
+
 def test_kernel_is_asked_for_huge_pages_behind_a_large_tensor() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -76,3 +101,13 @@ def test_many_threads_share_two_arenas() -> None:
         pytest.skip("the C library is not glibc")
     assert done.returncode == 0, done.stderr
     assert 1 <= done.stdout.count("<heap nr=") <= 2
+
+
+def test_freed_memory_is_kept_until_it_is_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", LEAVE_HOLES], capture_output=True, text=True, timeout=110)
+    if done.stderr.strip() == "no glibc":
+        pytest.skip("the C library is not glibc")
+    assert done.returncode == 0, done.stderr
+    full, freed, given_back = map(float, done.stdout.split())
+    assert freed > full - 1
+    assert given_back < full - 90
