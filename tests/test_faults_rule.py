@@ -13,7 +13,7 @@ RESTING = Usage(380.0, 26, 15)
 
 
 def observed(number: int, during: Window = QUIET, after: Usage = RESTING, missed: str = "") -> Observation:
-    return Observation(number, "fault", "done", 8.0, "", missed, Outcome(), QUIET, during, RESTING, after)
+    return Observation(number, "fault", "done", 8.0, "", missed, Outcome(), "small", QUIET, during, RESTING, after)
 
 
 def failure(row: Observation, *controls: Observation) -> str:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from benchmarks.faults import page
-from benchmarks.faults.bench import running_bench
+from benchmarks.faults.bench import running_bench, step_back
 from benchmarks.faults.catalogue import ROWS
 from benchmarks.faults.observe import Observation, Plan, Rule, observe_all
 from benchmarks.faults.row import Row
@@ -56,6 +56,7 @@ def main(
 ) -> None:
     """Run the catalogue of faults against a daemon."""
     with running_bench() as bench:
+        step_back()
         for found in observe_all(bench, chosen(rows), QUICK if quick else Plan(), show):
             rule = Rule(found)
             if not rows:

@@ -242,7 +242,7 @@ ROWS = (
     Row(24, "H.264 becomes H.265 on reconnect", other_codec, in_soak=True),
     Row(25, "1 fps, wrong declared rate, variable rate", odd_rates),
     Row(26, "B-frames", b_frames, in_soak=True),
-    Row(27, "corrupt NAL, truncated slice", damage, in_ci=True),
+    Row(27, "corrupt NAL, truncated slice", damage, in_ci=True, stand_in="large"),
     Row(28, "10-bit, 4:2:2, interlaced", rare_pixels),
     Row(29, "MJPEG camera", motion_jpeg, in_soak=True),
     Row(30, "audio and metadata tracks beside the video", other_tracks, in_soak=True),

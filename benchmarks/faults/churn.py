@@ -5,8 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
-from benchmarks.faults.bench import WITNESSES, Bench
+from benchmarks.faults.bench import PATIENT, WITNESSES, Bench
 from benchmarks.faults.observe import watch
 from benchmarks.faults.row import Outcome, Row, expect
 from streamd.errors import ConfigError
@@ -31,6 +32,7 @@ def all_reboot(bench: Bench) -> Outcome:
         ]
         for victim in victims:
             victim.delivers(1, since=victim.added_at)
+        bench.rest()
         server.refuse()
         down_at = time.time()
         server.hang_up()
@@ -94,13 +96,16 @@ def same_url_and_name(bench: Bench) -> Outcome:
 def one_slow_stream(bench: Bench) -> Outcome:
     """64 streams, 60 of them of 1 frame/s, of which one trickles in at 2 kB/s."""
     calm = Camera(bench.clip, bitstream=Bitstream(speed=0.1))
-    slow = Camera(bench.clip, bitstream=Bitstream(speed=0.1), delivery=Delivery(bytes_per_s=2000))
-    with CameraServer({"calm": calm, "slow": slow}) as server, ExitStack() as streams:
-        streams.enter_context(bench.stream(server.url("slow"), "slow", read_timeout_s=30, stall_timeout_s=30))
-        names = [f"calm{index}" for index in range(NUM_STREAMS - len(WITNESSES) - 1)]
-        calms = [streams.enter_context(bench.stream(server.url("calm"), name)) for name in names]
-        for one in calms:
+    with CameraServer({"calm": calm, "slow": calm}) as server, ExitStack() as streams:
+        names = ["slow", *(f"calm{index}" for index in range(NUM_STREAMS - len(WITNESSES) - 1))]
+        added = [
+            streams.enter_context(bench.stream(server.url(name.rstrip("0123456789")), name, **PATIENT))
+            for name in names
+        ]
+        for one in added:
             one.delivers(1, since=one.added_at, within_s=30.0)
+        bench.rest()
+        server.set("slow", replace(calm, delivery=Delivery(bytes_per_s=2000)))
         began = time.time()
         time.sleep(8.0)
         seen = watch(bench, began, time.time())

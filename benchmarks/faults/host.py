@@ -153,8 +153,8 @@ def _is_result(message: wire.Message) -> bool:
 
 
 ROWS = (
-    Row(51, "bad configuration on reload", bad_reload, in_ci=True, in_soak=True),
-    Row(52, "SIGHUP storm; SIGTERM; SIGKILL", signals),
-    Row(53, "inference thread hangs", hung_inference),
+    Row(51, "bad configuration on reload", bad_reload, in_ci=True, in_soak=True, stand_in=None),
+    Row(52, "SIGHUP storm; SIGTERM; SIGKILL", signals, stand_in=None),
+    Row(53, "inference thread hangs", hung_inference, stand_in=None),
     Row(54, "descriptor limit reached", no_descriptors, in_ci=True, in_soak=True),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from bisect import bisect_left
@@ -11,10 +13,13 @@ from typing import Generic, TypeVar, cast
 
 import zmq
 
+from benchmarks.faults.receiver import STAMP
+from benchmarks.measure import ROOT
 from streamd import wire
 from streamd.wire import DetectionsMessage, Message
 
 _MAX_KEPT = 60_000  # messages: about a quarter of an hour of them
+_CONNECTED_WITHIN_S = 60.0
 
 
 M = TypeVar("M", bound=Message, covariant=True)
@@ -35,17 +40,21 @@ class Heard(Generic[M]):
 
 
 class Listener:
-    """Subscribe in a thread of its own; `with Listener(endpoint) as listener`."""
+    """Subscribe, in a process of its own that stamps what comes; `with Listener(endpoint) as listener`."""
 
     def __init__(self, endpoint: str) -> None:
         self._endpoint = endpoint
         self._news = threading.Condition()
         self._heard: list[Heard[Message]] = []  # by time
+        self._connected = threading.Event()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="listener")
+        self._thread = threading.Thread(target=self._run, name="listener", daemon=True)
 
     def __enter__(self) -> Listener:
         self._thread.start()
+        if not self._connected.wait(_CONNECTED_WITHIN_S):
+            self._stop.set()
+            raise TimeoutError(f"no receiver of {self._endpoint} began within {_CONNECTED_WITHIN_S:g} s")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,18 +94,22 @@ class Listener:
 
     def _run(self) -> None:
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        with context, context.socket(zmq.SUB) as subscriber:
-            subscriber.setsockopt(zmq.RCVHWM, 0)
-            subscriber.setsockopt(zmq.LINGER, 0)
-            subscriber.setsockopt(zmq.RECONNECT_IVL, 50)  # ms
-            subscriber.subscribe(b"streamd/")
-            subscriber.connect(self._endpoint)
-            while not self._stop.is_set():
-                if subscriber.poll(200):
-                    topic, payload = subscriber.recv_multipart()
-                    self._note(topic, payload, time.time())
+        with context, context.socket(zmq.PULL) as stamped:
+            stamped.setsockopt(zmq.RCVHWM, 0)
+            stamped.bind("tcp://127.0.0.1:*")
+            here = stamped.getsockopt_string(zmq.LAST_ENDPOINT)
+            command = [sys.executable, "-m", "benchmarks.faults.receiver", self._endpoint, here]
+            with subprocess.Popen(command, cwd=ROOT) as receiver:
+                while not self._stop.is_set():
+                    if stamped.poll(200):
+                        stamp, *message = stamped.recv_multipart()
+                        if message:
+                            self._note(STAMP.unpack(stamp)[0], *message)
+                        else:
+                            self._connected.set()
+                receiver.kill()
 
-    def _note(self, topic: bytes, payload: bytes, at: float) -> None:
+    def _note(self, at: float, topic: bytes, payload: bytes) -> None:
         kind: wire.Kind = "detections" if topic.endswith(b"/detections") else "status"
         heard = Heard(at, wire.decode(payload, kind))
         with self._news:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.faults.bench import Bench
 from benchmarks.faults.row import Absent, Missed, Outcome, Row, expect
-from benchmarks.faults.second import YIELDING, second_config
+from benchmarks.faults.second import second_config
 from benchmarks.measure import ROOT
 from streamd.control_messages import ReloadRequest
 from streamd.errors import ConfigError
@@ -177,7 +177,7 @@ def _refuses_to_start(bench: Bench, model: Path) -> None:
     config["models"]["tiny"]["path"] = str(model)
     path = bench.folder / f"{model.stem}.yaml"
     path.write_text(yaml.safe_dump(config))
-    command = [*YIELDING, sys.executable, "-m", "streamd", "run", str(path)]
+    command = [sys.executable, "-m", "streamd", "run", str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=START_S)
     expect(done.returncode == EXIT_CONFIG, f"{model.name}: it started, or ended with {done.returncode}")
     said = (done.stdout + done.stderr).strip()
@@ -188,6 +188,13 @@ ROWS = (
     Row(43, "NVDEC sessions exhausted", on_a_gpu),
     Row(44, "CUDA out of memory", on_a_gpu),
     Row(45, "illegal address, Xid, GPU lost", on_a_gpu),
-    Row(46, "bad model file, at start and at a reload", bad_model, brief=bad_model_at_a_reload, in_ci=True),
+    Row(
+        46,
+        "bad model file, at start and at a reload",
+        bad_model,
+        brief=bad_model_at_a_reload,
+        in_ci=True,
+        stand_in=None,
+    ),
     Row(47, "0 detections; senseless boxes; 10,000 boxes; full-frame masks", absurd_outputs),
 )

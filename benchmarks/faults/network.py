@@ -234,6 +234,7 @@ def many_refuse(bench: Bench) -> Outcome:
         victims = [streams.enter_context(bench.stream(server.url("cam"), name)) for name in names]
         for victim in victims:
             victim.delivers(1)
+        bench.rest()
         server.refuse()
         refused_at = time.time()
         server.hang_up()
@@ -289,7 +290,7 @@ ROWS = (
     Row(14, "session closed without keep-alive", keep_alive),
     Row(15, "UDP loss, reorder, duplicates, jitter", bad_udp),
     Row(16, "UDP blocked", blocked_udp, in_soak=True),
-    Row(17, "10 kB/s trickle", trickle, in_soak=True),
+    Row(17, "10 kB/s trickle", trickle, in_soak=True, stand_in="large"),
     Row(18, "redirect; RTSPS with a bad certificate", redirects_and_certificates),
     Row(19, "several cameras refuse at the same time", many_refuse, in_soak=True),
 )

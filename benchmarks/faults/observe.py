@@ -6,12 +6,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
-from benchmarks.faults.bench import WITNESSES, Bench
+from benchmarks.faults.bench import CLIP, WITNESSES, Bench
 from benchmarks.faults.row import Absent, Missed, Outcome, Row
 from benchmarks.measure import Usage, percentile
+from tests.rtsp_faults import Camera
 
 QUIET_S = 10.0  # before each row
 SHORTEST_S = 8.0  # of a row: a shorter one is watched for so long, or its p99 would be one frame's
@@ -48,6 +50,7 @@ class Observation:
     absent: str  # what the machine lacks; empty where the row was run
     missed: str  # what should have happened and did not; empty where all did
     outcome: Outcome
+    load: str  # what ran beside the witnesses in the time before; what has the same can be compared
     before: Window
     during: Window
     usage_before: Usage
@@ -95,20 +98,47 @@ def watch(bench: Bench, since: float, until: float) -> Window:
 
 def observe(bench: Bench, row: Row, quiet_s: float = QUIET_S, shortest_s: float = SHORTEST_S) -> Observation:
     """Run one row between a quiet time and the time that it takes to give everything back."""
-    time.sleep(quiet_s)
     usage_before = at_least(bench.usage(), bench.resting)
-    began = time.time()
-    before = watch(bench, began - quiet_s, began)
+    with stand_in(bench, row):
+        time.sleep(quiet_s)
+        before = watch(bench, time.time() - quiet_s, time.time())
+    bench.quiet_s, began = quiet_s, time.time()
+    bench.rests.clear()
     outcome, absent, missed = attempt(bench, row)
+    load: str = row.stand_in or "nobody"
+    if bench.rests:
+        load, before, began = f"row {row.number}", watch(bench, *bench.rests[-1]), bench.rests[-1][1]
     seconds = time.time() - began
     if not absent:
         time.sleep(max(0.0, shortest_s - seconds))
-    ended = max(time.time(), began + 1e-3)
-    during = watch(bench, began, ended)
+    during = watch(bench, began, max(time.time(), began + 1e-3))
     usage_after = settle(bench, usage_before)
     return Observation(
-        row.number, row.fault, row.done, seconds, absent, missed, outcome, before, during, usage_before, usage_after
+        row.number,
+        row.fault,
+        row.done,
+        seconds,
+        absent,
+        missed,
+        outcome,
+        load,
+        before,
+        during,
+        usage_before,
+        usage_after,
     )
+
+
+@contextmanager
+def stand_in(bench: Bench, row: Row) -> Iterator[None]:
+    """Have a healthy camera where the row has its stream later: what one camera more costs is not the fault's doing."""
+    if row.stand_in is None:
+        yield
+        return
+    clip = {"small": bench.clip, "large": CLIP}[row.stand_in]
+    with bench.stream(bench.camera(Camera(clip), name="healthy"), "healthy") as healthy:
+        healthy.delivers(1)
+        yield
 
 
 def at_least(usage: Usage, resting: Usage) -> Usage:
@@ -127,7 +157,10 @@ def settle(bench: Bench, wanted: Usage, within_s: float = SETTLE_S) -> Usage:
 
 
 def control(bench: Bench) -> Outcome:
-    """nothing"""
+    """A healthy stream is added."""
+    with bench.stream(bench.camera(Camera(bench.clip))) as stream:
+        stream.delivers(1)
+        time.sleep(SHORTEST_S)
     return Outcome()
 
 
@@ -157,9 +190,10 @@ class Rule:
         self.controls = [one for one in found if one.number == CONTROL.number and one.before.num_results]
 
     def reference_ms(self, row: Observation) -> float:
-        """Return the median p99 of the quiet times around a run: of one alone, the noise would count twice."""
-        at = self._found.index(row)
-        around = self._found[max(0, at - NUM_AROUND) : at + NUM_AROUND + 1]
+        """Return the median p99 of the like quiet times around a run: of one alone, the noise would count twice."""
+        like = [one for one in self._found if one.load == row.load]
+        at = like.index(row)
+        around = like[max(0, at - NUM_AROUND) : at + NUM_AROUND + 1]
         return statistics.median([one.before.p99_ms for one in around if one.before.num_results] or [float("nan")])
 
     def ratio(self, row: Observation) -> float:
@@ -167,7 +201,7 @@ class Rule:
 
     @property
     def p99(self) -> float:
-        """The largest ratio that passes: 1.05, or that of a control, in which nothing was done."""
+        """The largest ratio that passes: 1.05, or that of a control, in which there was no fault."""
         return max([MAX_P99, *(self.ratio(one) for one in self.controls)])
 
     def failure(self, row: Observation) -> str:

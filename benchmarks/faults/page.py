@@ -52,8 +52,8 @@ def _tables(found: Sequence[Observation], rule: Rule, machine: Machine) -> str:
             f"{len(found)} runs with {len(rule.controls)} controls, {minutes:.0f} minutes within the rows.",
             f"- Over all runs of rows the median of the others' p99 was {under_ms:.0f} ms, and {quiet_ms:.0f} ms in "
             f"the quiet times before them ({under_ms / quiet_ms - 1:+.0%}).",
-            f"- The controls, in which nothing was done, have {ratios[0]:.0%} to {ratios[-1]:.0%} of the p99 around "
-            "them: that is this machine's noise.",
+            f"- The controls, in which a healthy stream was added, have {ratios[0]:.0%} to {ratios[-1]:.0%} of the p99 "
+            "around them: that is this machine's noise.",
             "",
             HEAD,
             *(_line(one, rule, sum(one.number == each.number for each in found)) for one in rows),

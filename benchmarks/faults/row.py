@@ -5,10 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from benchmarks.faults.bench import Bench
+
+
+# The camera that stands, healthy, in the place of a row's stream until the row begins: 320x240 or 768x576, 10 frames/s.
+StandIn = Literal["small", "large"]
 
 
 class Missed(Exception):
@@ -37,6 +41,7 @@ class Row:
     brief: Callable[[Bench], Outcome] | None = None  # a shorter form of it for the tests and the soak
     in_ci: bool = False  # the representative third that the tests run
     in_soak: bool = False  # short, and leaves everything as it was
+    stand_in: StandIn | None = "small"  # None where it adds no stream
 
     def shortened(self) -> Row:
         """Give the row in its shorter form, where it has one."""

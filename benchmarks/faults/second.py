@@ -12,7 +12,6 @@ from benchmarks.faults.bench import Bench, make_config
 from benchmarks.readers import free_endpoint
 from tests.daemon_process import DaemonProcess
 
-YIELDING = ("nice", "-n", "19")  # it must not take from the witnesses what it is not the fault's to take
 READY_S = 120.0
 
 
@@ -32,7 +31,7 @@ def second_daemon(
 ) -> Iterator[DaemonProcess]:
     """Run it in a folder of its own; `config` may be that of one that has ended."""
     folder = Path(tempfile.mkdtemp(dir=bench.folder))
-    process = DaemonProcess(folder, dict(config), dict(environment or {}), prefix=YIELDING)
+    process = DaemonProcess(folder, dict(config), dict(environment or {}))
     with process as daemon, daemon.read_notifications():
         yield daemon
 

@@ -166,5 +166,5 @@ ROWS = (
     Row(35, "duplicate or backward pts", repeated_times, in_soak=True),
     Row(36, "no RTCP sender report, or it comes late", no_reports, in_soak=True),
     Row(37, "camera clock in 1970", camera_in_1970),
-    Row(38, "host clock steps by an hour", clock_steps),
+    Row(38, "host clock steps by an hour", clock_steps, stand_in=None),
 )
