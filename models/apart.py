@@ -22,8 +22,10 @@ from streamd.models import artifact
 
 _LIMIT_S = 600.0
 _REFUSED = 3  # exit status; what is wrong with the model is on stdout
-# As the threads of streams, and before torch is imported, which takes most of the time.
-_CODE = "import os; os.nice(5); from streamd.models.apart import main; main()"
+# It ends with the thread that waits for it (PR_SET_PDEATHSIG), and yields as the threads of streams do. Before torch is
+# imported, which takes most of the time.
+_FIRST = "import ctypes, os, signal; ctypes.CDLL(None).prctl(1, signal.SIGKILL); os.nice(5)"
+_WORK = "from streamd.models.apart import main; main()"
 
 
 @contextmanager
@@ -41,7 +43,15 @@ def frozen_apart(path: Path, dtype: torch.dtype, descriptors: tuple[int, ...] = 
 
 
 def _freeze(path: Path, dtype: torch.dtype, made: int, descriptors: tuple[int, ...]) -> None:
-    command = [sys.executable, "-P", "-c", _CODE, str(path), str(dtype).removeprefix("torch."), str(made)]
+    command = [
+        sys.executable,
+        "-P",
+        "-c",
+        f"{_FIRST}; {_WORK}",
+        str(path),
+        str(dtype).removeprefix("torch."),
+        str(made),
+    ]
     try:
         done = subprocess.run(
             command,

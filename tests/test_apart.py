@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ from streamd.errors import ModelError
 from streamd.infer import Model
 from streamd.models import apart
 from streamd.models.apart import frozen_apart
+from tests.conftest import ROOT
 from tests.versions import Squares, write_version
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +78,7 @@ def test_what_is_wrong_with_a_file_is_said_as_where_no_process_is_between(tmp_pa
 def test_a_process_that_breaks_is_an_error_that_names_the_file(
     file: Path, monkeypatch: pytest.MonkeyPatch, code: str, complaint: str
 ) -> None:
-    monkeypatch.setattr(apart, "_CODE", code)
+    monkeypatch.setattr(apart, "_WORK", code)
     monkeypatch.setattr(apart, "_LIMIT_S", 1.0)
     with pytest.raises(ModelError) as refused, frozen_apart(file, torch.float32):
         pass
@@ -88,3 +92,31 @@ def test_where_no_process_can_be_had_there_is_an_error(file: Path, monkeypatch: 
         frozen_apart(file, torch.float32),
     ):
         pass
+
+
+PARENT = """
+import torch
+from pathlib import Path
+from streamd.models import apart
+from tests.waiting import wait_until
+apart._WORK = "print(os.getpid(), file=open('child', 'w'), flush=True); import time; time.sleep(600)"
+with apart.frozen_apart(Path("model.pt"), torch.float32):
+    pass
+"""
+
+
+def test_the_process_ends_with_the_daemon(tmp_path: Path) -> None:
+    child = tmp_path / "child"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", PARENT], cwd=tmp_path, env=environment) as parent:
+        wait_until(lambda: child.exists() and child.read_text().endswith("\n"), "the process begins")
+        parent.kill()
+    wait_until(lambda: has_ended(int(child.read_text())), "the process ends")
+
+
+def has_ended(pid: int) -> bool:
+    """Tell whether a process is gone, or only waits to be buried by whoever took it over."""
+    try:
+        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True

@@ -14,6 +14,7 @@ import pytest
 from streamd.batch import Batcher
 from streamd.messages import Frame
 from tests.fakes import FakeClock, in_threads, make_frame, make_frames
+from tests.waiting import wait_until
 
 LONG_S = 30.0  # longer than a test may take: who waits so long has been forgotten
 
@@ -37,13 +38,6 @@ def running(target: Callable[[], object]) -> Iterator[threading.Thread]:
     yield thread
     thread.join(5.0)
     assert not thread.is_alive(), "still waiting"
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5.0
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen within 5 s"
-        time.sleep(0.001)
 
 
 def num_waiting(batcher: Batcher) -> int:

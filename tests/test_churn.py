@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from tests.clips import write_clip
 from tests.redis_server import free_port
 from tests.rtsp_faults import Bitstream, Camera
 from tests.rtsp_server import CameraServer, black_hole
+from tests.waiting import wait_until
 
 WITHIN_S = 30.0
 NUM_CYCLES = 60
@@ -107,13 +108,6 @@ def running(model: Path, **urls: str) -> Iterator[Site]:
         site.pipeline.close_intake()
         assert site.pipeline.drain(WITHIN_S) == [] and site.pipeline.join_sources(WITHIN_S) == []
     assert site.crashes == []
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + WITHIN_S
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {WITHIN_S} s: {what}"
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from streamd.wire import stream_key
 from tests.daemon_process import DaemonProcess
 from tests.redis_server import RedisServer, free_port, missing_for_redis
 from tests.stored_process import STREAMS, make_publisher
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
 NUM_ROUNDS = 10
@@ -77,13 +77,6 @@ class Life:
         accepted, dropped = map(int, line.split())
         assert dropped == 0, "the queue and the spool are large enough for this test"
         self.num_accepted = max(self.num_accepted, accepted)
-
-
-def wait_until(holds: Callable[[], bool], timeout_s: float = 120.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.02)
 
 
 def has_loaded(server: RedisServer) -> bool:

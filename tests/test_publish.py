@@ -12,6 +12,7 @@ import pytest
 from streamd.backoff import Backoff
 from streamd.errors import PublishError
 from streamd.publish import MAX_BATCH, Outgoing, Publisher
+from tests.waiting import wait_until
 
 
 class FakeSink:
@@ -92,13 +93,6 @@ def named(*names: str) -> list[Outgoing]:
 def put_all(publisher: Publisher, *names: str) -> None:
     for outgoing in named(*names):
         publisher.put(outgoing)
-
-
-def wait_until(holds: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.005)
 
 
 def hang(sink: FakeSink, publisher: Publisher) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from streamd.errors import PublishError
 from streamd.publish import Publisher
 from streamd.publish.redis_streams import RedisSink
 from tests.redis_server import RedisServer, free_port
+from tests.waiting import wait_until
 from tests.wire_samples import make_message, outgoing, outgoing_status
 
 
@@ -33,13 +34,6 @@ def publisher(redis_server: RedisServer) -> Iterator[Publisher]:
     publisher.start()
     yield publisher
     publisher.stop(5.0)
-
-
-def wait_until(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("format", ["json", "msgpack"])

@@ -18,6 +18,7 @@ from streamd.feeds.repeats import MAX_EPOCHS, Repeats
 from streamd.publish import Outgoing
 from streamd.publish.spool import Entry, Spool
 from streamd.publish.stored import StoredPublisher
+from tests.waiting import wait_until
 
 
 class FakeStore:
@@ -67,13 +68,6 @@ def message(stream: str, number: int, *, stored: bool = True) -> Outgoing:
 
 def numbers(count: int) -> list[bytes]:
     return [b"%d" % number for number in range(count)]
-
-
-def wait_until(holds: Callable[[], bool], timeout_s: float = 30.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline, "did not happen in time"
-        time.sleep(0.005)
 
 
 Start = Callable[..., StoredPublisher]
