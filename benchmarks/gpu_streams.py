@@ -25,6 +25,7 @@ from pydantic import SecretStr
 
 from benchmarks.gpu_rows import Row, say
 from benchmarks.measure import percentile
+from streamd.allocator import keep_freed_memory
 from streamd.config import Config, ModelConfig, StreamConfig
 from streamd.decode.choose import Wanted
 from streamd.messages import Result
@@ -100,6 +101,7 @@ def run(
         },
     )
     observed = Observed(float("inf"))
+    keep_freed_memory()  # as the daemon does
     pipeline = Pipeline(config, deliver=observed.add)
     pipeline.warm_up()
     pipeline.start()

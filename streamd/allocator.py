@@ -21,6 +21,7 @@ def keep_freed_memory() -> None:
     Without this, letterboxing one frame cost about 1,270 page faults and three times the time. What is kept must not be
     kept many times over: each thread of a stream takes any arena, each arena keeps the most that it ever held, and
     glibc would make eight for each core.
+    To be called while the process has one thread: an arena that is there stays, and new threads take it.
     Does nothing where the C library has no mallopt (musl).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

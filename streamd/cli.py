@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from streamd import __version__, control_commands
-from streamd.allocator import take_huge_pages
+from streamd.allocator import keep_freed_memory, take_huge_pages
 from streamd.errors import ConfigError, ModelError, PublishError, StreamdError
 from streamd.eval_command import evaluate
 from streamd.hard_end import end_within
@@ -49,6 +49,7 @@ _SERVER_KEY, _SECRET_KEY = "STREAMD_SERVER_KEY", "STREAMD_SECRET_KEY"  # environ
 
 def main() -> None:
     """Run a command and translate errors into exit codes; the message is one plain line or list, never a trace."""
+    keep_freed_memory()
     take_huge_pages()
     try:
         app(prog_name="streamd")

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from streamd.allocator import keep_freed_memory
 from streamd.changes import Changes, Names
 from streamd.config import Config
 from streamd.connection import Connectors, connector
@@ -60,7 +59,6 @@ class Pipeline:
         `on_failure` of a new version of a model that fails and is to be rolled back.
         Without `retry` a stream that fails ends, and its last status says why.
         """
-        keep_freed_memory()
         self._config = config
         self._in_order = InOrder(deliver)
         self._lanes = load(config, {}, self._in_order)

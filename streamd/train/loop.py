@@ -22,7 +22,6 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from streamd.allocator import keep_freed_memory
 from streamd.datasets import data
 from streamd.datasets.records import DataSet
 from streamd.errors import ConfigError, DataError
@@ -101,7 +100,6 @@ def train(recipe: Recipe, out: Path, console: Console, *, resume: bool = False, 
     `resume` goes on from the folder's last checkpoint where there is one. `publish` is the name under which the daemon
     finds the artifact. Raises ConfigError, DataError, ModelError and OutputError.
     """
-    keep_freed_memory()  # a step frees what the next one takes
     folder = RunFolder(out)
     with join(recipe.device) as group, StopSignal() as stop:
         screen = Screen(console, quiet=not group.is_first)
