@@ -10,8 +10,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import io
-import os
-import tempfile
 import threading
 import warnings
 import zipfile
@@ -30,6 +28,7 @@ from streamd.models import BUILDERS, archive, program, trial
 from streamd.models.contract import describe_wrong_spec, pack
 from streamd.models.spec import ModelSpec
 from streamd.models.tracing import FreshCasts, follow_device
+from streamd.replacing import replacing
 
 FORMAT = 2  # of what `export` writes; counted up when artifacts made before must be made again
 SPEC_FILE = "streamd.json"
@@ -56,20 +55,11 @@ def export(network: nn.Module, spec: ModelSpec, path: Path) -> None:
     network = copy.deepcopy(network).cpu().eval()
     content = _trace(network, spec, path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(content)
+        with replacing(path) as new:
+            new.write_bytes(content)
+            _compare(network, new, spec, path)
     except OSError as err:
         raise ModelError(f"{path}: cannot write the model: {err}") from err
-    try:
-        _compare(network, temporary, spec, path)
-        temporary.chmod(0o644)  # a temporary file is private, a model is not
-        os.replace(temporary, path)
-    except OSError as err:
-        raise ModelError(f"{path}: cannot write the model: {err}") from err
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_spec(path: Path) -> ModelSpec:

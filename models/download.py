@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import http.client
-import os
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -13,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from streamd.errors import ModelError
+from streamd.replacing import replacing
 
 CHUNK_BYTES = 1 << 18
 TIMEOUT_S = 30.0  # to connect, and for each read
@@ -25,43 +24,36 @@ def fetch(url: str, sha256: str, target: Path, progress: Progress) -> None:
 
     Raises ModelError that names the URL and the reason.
     """
+    digest, num_bytes, total = hashlib.sha256(), 0, None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=target.name, suffix=".part", delete=False) as file:
-            temporary = Path(file.name)
+        with replacing(target) as new, new.open("wb") as file:
+            for chunk, total in _chunks(url):
+                file.write(chunk)
+                digest.update(chunk)
+                num_bytes += len(chunk)
+                progress(num_bytes, total)
+            if total is not None and num_bytes < total:
+                raise ModelError(f"{url}: cut off after {num_bytes} of {total} bytes")
+            if (got := digest.hexdigest()) != sha256:
+                raise ModelError(f"{url}: its sha256 is {got}, expected {sha256}; the file was not kept")
     except OSError as err:
         raise ModelError(f"cannot write {target}: {err}") from err
+
+
+def _chunks(url: str) -> Iterator[tuple[bytes, int | None]]:
+    """Yield what the server sends, with the length of all of it where it says so. Raises ModelError."""
     try:
-        got = _stream(url, temporary, progress)
-        if got != sha256:
-            raise ModelError(f"{url}: its sha256 is {got}, expected {sha256}; the file was not kept")
-        temporary.chmod(0o644)
-        os.replace(temporary, target)
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response:
+            length = response.headers.get("Content-Length")
+            total = int(length) if length else None
+            while chunk := response.read(CHUNK_BYTES):
+                yield chunk, total
     except urllib.error.HTTPError as err:
         raise ModelError(f"{url}: the server answers {err.code} {err.reason}") from err
     except urllib.error.URLError as err:
         raise ModelError(f"{url}: {err.reason}") from err
     except (http.client.HTTPException, OSError) as err:
         raise ModelError(f"{url}: {err or type(err).__name__}") from err
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _stream(url: str, path: Path, progress: Progress) -> str:
-    """Stream `url` into `path` and return its sha256."""
-    digest = hashlib.sha256()
-    num_bytes = 0
-    with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response, path.open("wb") as file:
-        length = response.headers.get("Content-Length")
-        total = int(length) if length else None
-        while chunk := response.read(CHUNK_BYTES):
-            file.write(chunk)
-            digest.update(chunk)
-            num_bytes += len(chunk)
-            progress(num_bytes, total)
-    if total is not None and num_bytes < total:
-        raise ModelError(f"{url}: cut off after {num_bytes} of {total} bytes")
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +10,7 @@ import typer
 
 from streamd import curve
 from streamd.errors import OutputError
+from streamd.replacing import replacing
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
@@ -72,20 +72,10 @@ def make_pair(secret_file: Path, public_file: Path, force: bool) -> None:
     public, secret = (key.decode() for key in zmq.curve_keypair())
     files = (secret_file, public_file)
     try:
-        for file in files:
-            file.parent.mkdir(parents=True, exist_ok=True)
         if there := [file for file in files if not force and file.exists()]:
             raise OutputError(f"{there[0]} is there already; --force replaces it, and shuts out who has the old key")
-        _write(secret_file, secret, 0o600)
-        _write(public_file, public, 0o644)
+        for file, key, mode in ((secret_file, secret, 0o600), (public_file, public, 0o644)):
+            with replacing(file, mode) as new:
+                new.write_text(f"{key}\n")
     except OSError as err:
         raise OutputError(f"cannot write {err.filename}: {err.strerror}") from err
-
-
-def _write(path: Path, key: str, mode: int) -> None:
-    """Write a file that never has a wider mode, nor half a key, under its name."""
-    new = path.with_name(f"{path.name}.new")
-    new.unlink(missing_ok=True)
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
-        file.write(f"{key}\n")
-    new.replace(path)

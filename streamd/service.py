@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streamd.errors import StreamdError
+from streamd.replacing import replacing
 from streamd.units import MARK, SYSUSERS, TEMPLATE, TMPFILES, UNIT_FOLDER, Service
 
 USER = "streamd"
@@ -70,11 +71,8 @@ class System:
             self._say(textwrap.indent(text.rstrip("\n"), "    | ", lambda _: True))
             return
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            fresh = place.with_name(f".{place.name}.new")
-            fresh.write_text(text)
-            fresh.chmod(0o644)
-            fresh.replace(place)
+            with replacing(place) as new:
+                new.write_text(text)
         except OSError as err:
             raise StreamdError(f"{place}: cannot be written: {err.strerror}") from err
 

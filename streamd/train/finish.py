@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import msgspec
@@ -18,6 +16,7 @@ from streamd.evaluation import plots
 from streamd.evaluation.evaluate import evaluate_file
 from streamd.models import artifact, weights
 from streamd.models.spec import ModelSpec
+from streamd.replacing import replacing
 from streamd.train import checkpoint
 from streamd.train.recipe import Recipe
 from streamd.train.run_folder import RunFolder
@@ -61,15 +60,10 @@ def publish_artifact(path: Path, name: str) -> Path:
 
     Raises OutputError.
     """
-    folder = weights.model_directories()[0]
-    target = folder / f"{name}.pt"
+    target = weights.model_directories()[0] / f"{name}.pt"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=target.name, suffix=".part", delete=False) as file:
-            temporary = Path(file.name)
-        shutil.copyfile(path, temporary)
-        temporary.chmod(0o644)
-        os.replace(temporary, target)
+        with replacing(target) as new:
+            shutil.copyfile(path, new)
     except OSError as err:
         raise OutputError(f"{target}: cannot be published: {err}") from err
     return target
