@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 from benchmarks.faults.observe import CONTROL, Observation, Rule, Window, windows_of_rows
 from benchmarks.faults.row import Outcome
-from benchmarks.measure import Usage
+from benchmarks.measure import ROOT, Usage
 
 QUIET = Window(10.0, 400, 20.0, 10.0, 0.1, True)
 RESTING = Usage(380.0, 26, 15)
@@ -52,3 +55,17 @@ def test_controls_are_no_rows_and_a_machine_that_stood_still_is_no_control() -> 
     assert windows_of_rows(found) == ([QUIET], [QUIET])
     assert Rule(found).controls == [found[0]]
     assert failure(observed(1), still) == ""
+
+
+def test_the_bench_leaves_the_cores_to_what_it_measures() -> None:
+    program = "import os, threading; from benchmarks.faults.bench import step_back; stop = threading.Event()\n"
+    program += "threading.Thread(target=stop.wait).start(); step_back()\n"
+    program += "print({os.sched_getscheduler(int(one)) for one in os.listdir('/proc/self/task')}); stop.set()"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == str({os.SCHED_IDLE}), done.stderr
+
+
+def test_a_row_is_held_against_quiet_times_with_the_same_cameras() -> None:
+    crowd = [replace(observed(number), load="row 42", before=replace(QUIET, p99_ms=60.0)) for number in (42, 42, 42)]
+    assert Rule([*crowd, observed(1)]).reference_ms(observed(1)) == QUIET.p99_ms
+    assert "p99 rose by 25%" in failure(replace(crowd[0], during=replace(QUIET, p99_ms=75.0)))
