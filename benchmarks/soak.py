@@ -41,6 +41,7 @@ PAUSE_S = (4.0, 12.0)  # between two faults
 QUIET_AFTER_S = 3.0  # after a fault what it used has been given back
 WARM_UP = 1 / 3  # of the time: allocators and caches fill
 MIN_DRIFT_MINUTES = 3
+FLOOR_MINUTES = 3.0  # the daemon gives back what is free once a minute; until then it may hold 20 MiB of it
 PACKAGES = ("torch", "av", "pyzmq", "redis", "msgspec")
 MAX_MIB_PER_HOUR = 1.0
 MAX_P99_DRIFT = 0.10
@@ -96,7 +97,7 @@ class Record:
 class Verdict:
     """What grew, of the time after the warm-up; descriptors and threads by the medians of the first and last third."""
 
-    memory_mib_per_hour: float  # Theil-Sen, of the quiet samples
+    memory_mib_per_hour: float  # Theil-Sen, of what stays: the least of the quiet samples of each FLOOR_MINUTES
     descriptors_grown: float
     threads_grown: float
     p99_drift: float  # of the minutes' p99, medians of the first and the last third
@@ -122,7 +123,7 @@ def judge(record: Record) -> Verdict | None:
     minutes = [minute for minute in record.witnesses if minute.minute >= warm_at]
     if len(quiet) < 9 or len(minutes) < MIN_DRIFT_MINUTES:
         return None
-    memory = theil_sen([(sample.minute / 60, sample.usage.memory_mib) for sample in quiet])
+    memory = theil_sen(floors([(sample.minute / 60, sample.usage.memory_mib) for sample in quiet]))
     return Verdict(
         memory_mib_per_hour=memory,
         descriptors_grown=_growth([sample.usage.descriptors for sample in quiet]),
@@ -131,6 +132,15 @@ def judge(record: Record) -> Verdict | None:
         num_faults=len(record.faults),
         num_missed=sum(bool(fault.missed) for fault in record.faults),
     )
+
+
+def floors(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the lowest point of each FLOOR_MINUTES, of points over hours: a leak raises it, free memory does not."""
+    lowest: dict[int, tuple[float, float]] = {}
+    for hour, value in points:
+        index = int(hour * 60 // FLOOR_MINUTES)
+        lowest[index] = min(lowest.get(index, (hour, value)), (hour, value), key=lambda point: point[1])
+    return list(lowest.values())
 
 
 def theil_sen(points: Sequence[tuple[float, float]]) -> float:

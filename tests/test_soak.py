@@ -19,7 +19,7 @@ def record(*, mib_per_hour: float = 0.0, drift: float = 0.0, descriptors: float 
     made = Record(MINUTES, 1, Machine("cpu", 2, "6.1", "3.11", {}, "abc", "today", "soak"))
     for index in range(MINUTES * 12):
         minute = index / 12
-        spike_mib = rng.choice((0.0, 0.0, 0.0, 5.0))  # a stream that is there for a moment
+        spike_mib = rng.choice((0.0, 3.0, 6.0, 20.0))  # what is free, and not given back yet
         usage = Usage(300 + mib_per_hour * minute / 60 + spike_mib, 24 + int(descriptors * minute / 60), 15)
         made.samples.append(Sample(minute, usage, is_quiet=index % 3 > 0))
     for minute in range(1, MINUTES + 1):
@@ -62,6 +62,15 @@ def test_a_fault_that_did_not_go_as_it_must_fails_the_soak() -> None:
 def test_a_slope_is_that_of_most_points_and_not_of_the_outliers() -> None:
     points = [(float(at), 2.0 * at + (50.0 if at % 4 == 0 else 0.0)) for at in range(40)]
     assert theil_sen(points) == pytest.approx(2.0)
+
+
+def test_what_is_free_and_given_back_again_is_no_growth() -> None:
+    made = record(mib_per_hour=0.5)
+    for index, sample in enumerate(made.samples):  # the later, the more is free between two give-backs
+        free_mib = abs(index % 12 - 1) * sample.minute / 10
+        usage = replace(sample.usage, memory_mib=sample.usage.memory_mib + free_mib)
+        made.samples[index] = replace(sample, usage=usage)
+    assert failures(made) == []
 
 
 def test_there_is_no_verdict_on_too_little() -> None:
