@@ -55,12 +55,13 @@ def main(
     ] = False,
 ) -> None:
     """Run the catalogue of faults against a daemon."""
+    machine = describe_machine(sys.argv[1:], "benchmarks.faults", PACKAGES)  # before the page makes the checkout dirty
     with running_bench() as bench:
         step_back()
         for found in observe_all(bench, chosen(rows), QUICK if quick else Plan(), show):
             rule = Rule(found)
             if not rows:
-                page.write(found, rule, describe_machine(sys.argv[1:], "benchmarks.faults", PACKAGES))
+                page.write(found, rule, machine)
                 say(f"written: {page.PAGE.relative_to(ROOT)}, {page.RESULT.relative_to(ROOT)}")
     say(f"controls: p99 {', '.join(f'{rule.ratio(one):.0%}' for one in rule.controls)}")
     failures = {one.number: rule.failure(one) for one in page.last_tries(found) if not one.absent}
