@@ -66,6 +66,7 @@ class Minute:
     frames_per_s: float
     longest_silence_s: float
     idle_p99_ms: float  # how late a process that does nothing was woken: what everybody else's load does to it
+    heap_mib: float  # what the daemon has allocated and not freed
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,7 @@ class Record:
 class Verdict:
     """What grew, of the time after the warm-up; descriptors and threads by the medians of the first and last third."""
 
+    heap_mib_per_hour: float  # Theil-Sen, of what is in use: a leak
     memory_mib_per_hour: float  # Theil-Sen, of what stays: the least of the quiet samples of each FLOOR_MINUTES
     descriptors_grown: float
     threads_grown: float
@@ -107,6 +109,7 @@ class Verdict:
     @property
     def failures(self) -> list[str]:
         checks = (
+            (self.heap_mib_per_hour <= MAX_MIB_PER_HOUR, f"the heap in use grew by {self.heap_mib_per_hour:.2f} MiB/h"),
             (self.memory_mib_per_hour <= MAX_MIB_PER_HOUR, f"memory grew by {self.memory_mib_per_hour:.2f} MiB/h"),
             (self.descriptors_grown <= 0, f"{self.descriptors_grown:g} descriptors more"),
             (self.threads_grown <= 0, f"{self.threads_grown:g} threads more"),
@@ -125,6 +128,7 @@ def judge(record: Record) -> Verdict | None:
         return None
     memory = theil_sen(floors([(sample.minute / 60, sample.usage.memory_mib) for sample in quiet]))
     return Verdict(
+        heap_mib_per_hour=theil_sen([(minute.minute / 60, minute.heap_mib) for minute in minutes]),
         memory_mib_per_hour=memory,
         descriptors_grown=_growth([sample.usage.descriptors for sample in quiet]),
         threads_grown=_growth([sample.usage.threads for sample in quiet]),
@@ -256,6 +260,7 @@ class Soak:
                         seen.frames_per_s,
                         seen.longest_silence_s,
                         self._metronome.p99_ms,
+                        self._bench.metric("streamd_heap_in_use_bytes") / 2**20,
                     )
                 )
                 next_minute_at += 60

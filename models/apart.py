@@ -22,9 +22,9 @@ from streamd.models import artifact
 
 _LIMIT_S = 600.0
 _REFUSED = 3  # exit status; what is wrong with the model is on stdout
-# It ends with the thread that waits for it (PR_SET_PDEATHSIG), and yields as the threads of streams do. Before torch is
-# imported, which takes most of the time.
-_FIRST = "import ctypes, os, signal; ctypes.CDLL(None).prctl(1, signal.SIGKILL); os.nice(5)"
+# It ends with the thread that waits for it (PR_SET_PDEATHSIG), and yields to the threads of streams (nice 5). To import
+# torch takes most of the time, so before.
+_FIRST = "import ctypes, os, signal; ctypes.CDLL(None).prctl(1, signal.SIGKILL); os.nice(15)"
 _WORK = "from streamd.models.apart import main; main()"
 
 

@@ -43,6 +43,26 @@ def give_back_freed_memory() -> None:
         malloc_trim(ctypes.c_size_t(0))
 
 
+class _MallInfo2(ctypes.Structure):
+    """struct mallinfo2 of glibc's malloc.h."""
+
+    _NAMES = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _NAMES)
+
+
+def heap_in_use() -> int | None:
+    """Return the bytes that were allocated and not freed, of all arenas and mappings; None without glibc 2.33.
+
+    A leak raises it. What the process holds beyond it is free memory between, Python's own arenas, and stacks.
+    """
+    mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo2 is None:
+        return None
+    mallinfo2.restype = _MallInfo2
+    info = mallinfo2()
+    return int(info.uordblks + info.hblkhd)
+
+
 def take_huge_pages(environment: MutableMapping[str, str] = os.environ) -> None:
     """Have torch ask the kernel for 2 MiB pages for each CPU tensor that is as large; a value that is set stays.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 
 import pytest
 
-from streamd.allocator import take_huge_pages
+from streamd.allocator import heap_in_use, take_huge_pages
 from tests.conftest import ROOT
 
 PROGRAM = """
@@ -114,3 +115,20 @@ def test_freed_memory_is_kept_until_it_is_given_back() -> None:
     full, freed, given_back = map(float, done.stdout.split())
     assert freed > full - 1
     assert given_back < full - 90
+
+
+def test_the_heap_in_use_is_what_was_allocated_and_not_freed() -> None:
+    before = heap_in_use()
+    if before is None:
+        pytest.skip("the C library is not glibc 2.33 or later")
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.free.argtypes = (ctypes.c_void_p,)
+    blocks = [libc.malloc(ctypes.c_size_t(size)) for size in (1 << 10, 1 << 20, 100 << 20)]
+    allocated = heap_in_use()
+    for block in blocks:
+        libc.free(block)
+    freed = heap_in_use()
+    assert allocated is not None and freed is not None
+    assert allocated - before == pytest.approx(101 << 20, rel=0.02)
+    assert freed - before == pytest.approx(0, abs=2 << 20)

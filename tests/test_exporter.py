@@ -198,7 +198,13 @@ def test_a_spool_has_what_waits_in_it(served: Exporter, observed: Observed) -> N
 
 def test_the_process_tells_memory_threads_and_descriptors(served: Exporter) -> None:
     series = scrape(served)
-    for name in ("process_resident_memory_bytes", "process_open_fds", "process_max_fds", "streamd_threads"):
+    for name in (
+        "process_resident_memory_bytes",
+        "process_open_fds",
+        "process_max_fds",
+        "streamd_threads",
+        "streamd_heap_in_use_bytes",
+    ):
         assert series[name, frozenset()] > 1
 
 

@@ -30,7 +30,7 @@ def bench() -> Iterator[Bench]:
 
 @pytest.mark.parametrize("row", BRIEF, ids=[f"{row.number}-{row.fault.replace(' ', '-')}" for row in BRIEF])
 def test_a_fault_is_named_and_survived_and_reaches_no_other_stream(bench: Bench, row: Row) -> None:
-    found = observe(bench, row, quiet_s=2.0, shortest_s=2.0)
+    found = observe(bench, row, quiet_s=2.0, shortest_s=2.0, memory_slack_mib=MEMORY_SLACK_MIB)
     if found.absent:
         pytest.skip(found.absent)
     print(f"p99 {found.before.p99_ms:.0f} -> {found.during.p99_ms:.0f} ms, back after {found.outcome.recovered_s} s")

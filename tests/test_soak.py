@@ -24,7 +24,7 @@ def record(*, mib_per_hour: float = 0.0, drift: float = 0.0, descriptors: float 
         made.samples.append(Sample(minute, usage, is_quiet=index % 3 > 0))
     for minute in range(1, MINUTES + 1):
         p99_ms = 20 * (1 + drift * minute / 60) * rng.choice((0.9, 1.0, 1.1, 1.0, 8.0))  # a neighbour's load
-        made.witnesses.append(Minute(minute, 10.0, p99_ms, 40.0, 0.2, 3.0))
+        made.witnesses.append(Minute(minute, 10.0, p99_ms, 40.0, 0.2, 3.0, 170.0))
     made.faults.append(Fault(1.0, 2.0, 11, "RTP stops", ""))
     return made
 

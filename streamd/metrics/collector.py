@@ -12,6 +12,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from streamd import __version__
+from streamd.allocator import heap_in_use
 from streamd.messages import Clock, StreamState
 from streamd.metrics.health import STUCK_AFTER_S, stuck_loops
 from streamd.metrics.histogram import Histogram
@@ -99,6 +100,8 @@ def _process(ready: bool) -> Iterator[Metric]:
     yield _gauge("build_info", "Always 1; which version runs", ["version"], [([__version__], 1)])
     yield _gauge("ready", "1 from READY=1 until the daemon stops", [], [([], ready)])
     yield _gauge("threads", "Threads of the process", [], [([], len(os.listdir("/proc/self/task")))])
+    if (in_use := heap_in_use()) is not None:
+        yield _gauge("heap_in_use_bytes", "Allocated by malloc and not freed", [], [([], in_use)])
 
 
 def _streams(readings: list[StreamReading], results: Results) -> Iterator[Metric]:
