@@ -23,7 +23,7 @@ from tests.rtsp import RtspServer, encode_clip, is_h264, missing_for_rtsp
 ROOT = Path(__file__).parents[1]
 
 StartRtsp = Callable[..., RtspServer]
-_ENDS_WITHIN_S = 60.0
+_ENDS_WITHIN_S = 300.0
 
 
 @pytest.hookimpl(trylast=True)

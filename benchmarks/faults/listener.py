@@ -100,14 +100,18 @@ class Listener:
             here = stamped.getsockopt_string(zmq.LAST_ENDPOINT)
             command = [sys.executable, "-m", "benchmarks.faults.receiver", self._endpoint, here]
             with subprocess.Popen(command, cwd=ROOT) as receiver:
-                while not self._stop.is_set():
-                    if stamped.poll(200):
-                        stamp, *message = stamped.recv_multipart()
-                        if message:
-                            self._note(STAMP.unpack(stamp)[0], *message)
-                        else:
-                            self._connected.set()
-                receiver.kill()
+                try:
+                    while not self._stop.is_set():
+                        if stamped.poll(200):
+                            self._take(*stamped.recv_multipart())
+                finally:
+                    receiver.kill()
+
+    def _take(self, stamp: bytes, *message: bytes) -> None:
+        if message:
+            self._note(STAMP.unpack(stamp)[0], *message)
+        else:
+            self._connected.set()
 
     def _note(self, at: float, topic: bytes, payload: bytes) -> None:
         kind: wire.Kind = "detections" if topic.endswith(b"/detections") else "status"
