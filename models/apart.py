@@ -43,15 +43,8 @@ def frozen_apart(path: Path, dtype: torch.dtype, descriptors: tuple[int, ...] = 
 
 
 def _freeze(path: Path, dtype: torch.dtype, made: int, descriptors: tuple[int, ...]) -> None:
-    command = [
-        sys.executable,
-        "-P",
-        "-c",
-        f"{_FIRST}; {_WORK}",
-        str(path),
-        str(dtype).removeprefix("torch."),
-        str(made),
-    ]
+    arguments = (str(path), str(dtype).removeprefix("torch."), str(made))
+    command = [sys.executable, "-P", "-c", f"{_FIRST}; {_WORK}", *arguments]
     try:
         done = subprocess.run(
             command,

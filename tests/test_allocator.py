@@ -80,6 +80,15 @@ print(full, freed, rss_mib())
 """
 
 
+def said_with_glibc(program: str) -> str:
+    """Run a program of this file in a process of its own; return its output, or skip where it finds no glibc."""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=110)
+    if done.stderr.strip() == "no glibc":
+        pytest.skip("the C library is not glibc")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_kernel_is_asked_for_huge_pages_behind_a_large_tensor() -> None:
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -100,19 +109,11 @@ def test_command_line_loads_no_torch_before_it_has_asked() -> None:
 
 
 def test_the_threads_of_a_command_share_two_arenas() -> None:
-    done = subprocess.run([sys.executable, "-c", COUNT_ARENAS], cwd=ROOT, capture_output=True, text=True, timeout=110)
-    if done.stderr.strip() == "no glibc":
-        pytest.skip("the C library is not glibc")
-    assert done.returncode == 0, done.stderr
-    assert 1 <= done.stdout.count("<heap nr=") <= 2
+    assert 1 <= said_with_glibc(COUNT_ARENAS).count("<heap nr=") <= 2
 
 
 def test_freed_memory_is_kept_until_it_is_given_back() -> None:
-    done = subprocess.run([sys.executable, "-c", LEAVE_HOLES], capture_output=True, text=True, timeout=110)
-    if done.stderr.strip() == "no glibc":
-        pytest.skip("the C library is not glibc")
-    assert done.returncode == 0, done.stderr
-    full, freed, given_back = map(float, done.stdout.split())
+    full, freed, given_back = map(float, said_with_glibc(LEAVE_HOLES).split())
     assert freed > full - 1
     assert given_back < full - 90
 

@@ -22,7 +22,6 @@ from tests.hanging_model import export_hanging_model
 from tests.redis_server import RedisServer, free_port
 
 WITHIN_S = 40.0
-NUM_BEFORE_REPORT = 5  # frames that may be there before an RTCP sender report: on a busy machine more than one
 
 Message = DetectionsMessage | StatusMessage
 
@@ -117,10 +116,7 @@ def test_two_cameras_reach_both_subscribers_with_the_right_content(
         assert [m.seq for m in messages] == list(range(messages[0].seq, messages[0].seq + len(messages)))
         assert all((m.width, m.height) == (width, height) for m in messages)
         assert all(later.pts > earlier.pts for earlier, later in pairwise(messages))
-        clocks = [m.clock for m in messages]
-        first = clocks.index("sender")
-        assert first <= NUM_BEFORE_REPORT, "the RTSP server sends an RTCP sender report as soon as it plays"
-        assert {*clocks[first:]} == {"sender"}
+        assert all(m.clock == "sender" for m in messages[1:]), "the RTSP server sends RTCP sender reports"
         assert all(abs(time.time() - m.captured_at_s) < 120 for m in messages)
         for found in (found for m in messages for found in m.objects):
             x1, y1, x2, y2 = found.box

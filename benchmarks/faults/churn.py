@@ -96,12 +96,9 @@ def same_url_and_name(bench: Bench) -> Outcome:
 def one_slow_stream(bench: Bench) -> Outcome:
     """64 streams, 60 of them of 1 frame/s, of which one trickles in at 2 kB/s."""
     calm = Camera(bench.clip, bitstream=Bitstream(speed=0.1))
-    with CameraServer({"calm": calm, "slow": calm}) as server, ExitStack() as streams:
-        names = ["slow", *(f"calm{index}" for index in range(NUM_STREAMS - len(WITNESSES) - 1))]
-        added = [
-            streams.enter_context(bench.stream(server.url(name.rstrip("0123456789")), name, **PATIENT))
-            for name in names
-        ]
+    names = ["slow", *(f"calm{index}" for index in range(NUM_STREAMS - len(WITNESSES) - 1))]
+    with CameraServer(dict.fromkeys(names, calm)) as server, ExitStack() as streams:
+        added = [streams.enter_context(bench.stream(server.url(name), name, **PATIENT)) for name in names]
         for one in added:
             one.delivers(1, since=one.added_at, within_s=30.0)
         bench.rest()

@@ -12,8 +12,6 @@ from benchmarks.faults.bench import Bench, make_config
 from benchmarks.readers import free_endpoint
 from tests.daemon_process import DaemonProcess
 
-READY_S = 120.0
-
 
 def second_config(bench: Bench, streams: Mapping[str, Any], redis_url: str | None = None) -> dict[str, Any]:
     """Write down a daemon of the same model with a folder of its own."""
